@@ -1,0 +1,28 @@
+"""Subspan trains every parameter of a large language model in a fraction of the memory."""
+
+from subspan.optim.groups import describe_groups, param_groups
+from subspan.optim.optimizer import ProjectedOptimizer, Refresh
+from subspan.optim.presets import GaLoreAdafactor, GaLoreAdamW, GaLoreLion, GaLoreSGD
+from subspan.optim.projectors import SVD, Random, RandomizedSVD, SubspaceIteration
+from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SVD",
+    "Adafactor",
+    "Adam",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreLion",
+    "GaLoreSGD",
+    "Lion",
+    "ProjectedOptimizer",
+    "Random",
+    "RandomizedSVD",
+    "Refresh",
+    "SGDMomentum",
+    "SubspaceIteration",
+    "describe_groups",
+    "param_groups",
+]

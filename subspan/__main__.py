@@ -1,0 +1,5 @@
+"""python -m subspan."""
+
+from subspan.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The library: a projector, a rule and their optimizer. Needs torch alone."""

@@ -1,0 +1,171 @@
+"""Which parameters are projected: parameter groups of a model, chosen by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+Named = Sequence[tuple[str, Tensor]]
+
+MATRIX_MODULES = ("Linear", "Conv1D")
+"""Class names whose `weight` is a matrix by default: torch's Linear and transformers' Conv1D (GPT-2's layout, (in, out))."""
+
+IN_BLOCK = re.compile(r"\.\d+\.")
+"""Repeated blocks are numbered: model.layers.0.self_attn..., h.0.attn..., encoder.layer.0.output...."""
+
+ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
+"""Routers of mixtures of experts: small, sensitive, kept dense."""
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    rank: int | None,
+    targets: Sequence[str] | None = None,
+    views: Mapping[str, str] | None = None,
+    scale: float = 0.25,
+    update_proj_gap: int = 200,
+    proj_type: str = "std",
+    lr: float | None = None,
+    dense_lr: float | None = None,
+    verbose: bool = True,
+) -> list[dict[str, Any]]:
+    """The parameter groups of `model` for a `ProjectedOptimizer`: projected matrices, dense parameters, dense vectors.
+
+    By default the linear layers inside the model's numbered blocks are projected: attention and MLP of any transformers
+    model (LLaMA, GPT-2, BERT, RoBERTa, Qwen, Gemma, Phi, ...). Embeddings, head, poolers, classifiers, routers, norms and biases
+    stay dense; so does everything frozen stay out.
+
+    Args:
+        rank: rank of the basis; None: nothing is projected, the full-rank baseline in the same three groups.
+        targets: regular expressions searched in parameter names, instead of the default. Each must match at least one
+            trainable weight of two or more dimensions. A named embedding or head is projected too.
+        views: regular expression -> "conv" (first dimension x the rest) or "batch" (stacked matrices), for weights of more
+            than two dimensions.
+        scale, update_proj_gap, proj_type: keys of the projected group.
+        lr: learning rate of the projected group, dense_lr: of both dense groups; None: the optimizer's.
+        verbose: print `describe_groups`.
+
+    Returns groups of (name, parameter) pairs. Vectors (norms, biases) get weight_decay=0. Empty groups are left out.
+
+    Raises ValueError: a pattern without a match, nothing to project, nothing to train.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("model has no trainable parameter: set requires_grad=True on what shall be trained")
+    chosen = _targeted(trainable, targets) if targets is not None else _default_targets(model, trainable)
+    if not chosen:
+        raise ValueError(
+            "targets=None found no linear layer in numbered blocks: name the weights, as in targets=['attn', 'mlp']"
+        )
+    viewed = _views(trainable, chosen, views or {})
+    shared = {"scale": scale, "update_proj_gap": update_proj_gap, "proj_type": proj_type}
+    groups: list[dict[str, Any]] = []
+    for view in ("matrix", "conv", "batch"):
+        params = [(name, p) for name, p in trainable if name in chosen and viewed.get(name, "matrix") == view]
+        groups.append(
+            {"params": params, "name": "projected" if view == "matrix" else f"projected ({view})", **_given(lr)}
+        )
+        if rank is not None:
+            groups[-1] |= {"rank": rank, "view": view, **shared}
+    rest = [(name, p) for name, p in trainable if name not in chosen]
+    groups.append({"params": [(n, p) for n, p in rest if p.ndim >= 2], "name": "dense", **_given(dense_lr)})
+    vectors = [(n, p) for n, p in rest if p.ndim < 2]
+    groups.append({"params": vectors, "name": "no_decay", "weight_decay": 0.0, **_given(dense_lr)})
+    groups = [group for group in groups if group["params"]]
+    if verbose:
+        print(describe_groups(groups))
+    return groups
+
+
+def describe_groups(groups: Sequence[Mapping[str, Any]]) -> str:
+    """The grouping as text: a line a group with its settings, then a line for each kind of parameter in it."""
+    lines = []
+    for group in groups:
+        pairs = _pairs(group)
+        count = sum(p.numel() for _, p in pairs)
+        settings = [
+            f"{key} {group[key]}"
+            for key in ("rank", "proj_type", "scale", "update_proj_gap", "lr", "weight_decay")
+            if key in group
+        ]
+        title = group.get("name", "projected" if "rank" in group else "dense")
+        if title == "projected" and "rank" not in group:
+            title = "matrices (full rank)"
+        lines.append(f"{title}: {len(pairs)} tensors, {count / 1e6:.2f} M parameters" + ", ".join(["", *settings]))
+        kinds: dict[tuple[str, tuple[int, ...]], int] = {}
+        for name, p in pairs:
+            kind = (re.sub(r"\d+", "*", name), tuple(p.shape))
+            kinds[kind] = kinds.get(kind, 0) + 1
+        for (pattern, shape), times in kinds.items():
+            lines.append(f"  {times:4d} x {' x '.join(map(str, shape)) or 'scalar':<16} {pattern}")
+    return "\n".join(lines)
+
+
+def _pairs(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """(name, parameter) pairs of a group, before or after an optimizer took the names out of `params`."""
+    if "param_names" in group:
+        return list(zip(group["param_names"], group["params"], strict=True))
+    return [item if isinstance(item, tuple) else (f"parameter.{i}", item) for i, item in enumerate(group["params"])]
+
+
+def _given(lr: float | None) -> dict[str, float]:
+    return {} if lr is None else {"lr": lr}
+
+
+def _default_targets(model: nn.Module, trainable: Named) -> set[str]:
+    matrices = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if any(cls.__name__ in MATRIX_MODULES for cls in type(module).__mro__)
+        and IN_BLOCK.search(f".{name}.")
+        and not ROUTER.search(name.rpartition(".")[2])
+    }
+    return {name for name, p in trainable if name in matrices and p.ndim == 2 and min(p.shape) > 1}
+
+
+def _targeted(trainable: Named, targets: Sequence[str]) -> set[str]:
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"targets={targets!r} must be a list of patterns, as in targets=['attn', 'mlp']")
+    chosen: set[str] = set()
+    for pattern in targets:
+        found = {name for name, p in trainable if p.ndim >= 2 and _search("targets", pattern, name)}
+        if not found:
+            raise ValueError(f"targets: pattern {pattern!r} matches no trainable weight matrix{_examples(trainable)}")
+        chosen |= found
+    return chosen
+
+
+def _views(trainable: Named, chosen: set[str], views: Mapping[str, str]) -> dict[str, str]:
+    viewed: dict[str, str] = {}
+    for pattern, view in views.items():
+        if view not in ("conv", "batch"):
+            raise ValueError(f"views: {pattern!r} -> {view!r} is unknown: use 'conv' or 'batch'")
+        found = [name for name, p in trainable if name in chosen and p.ndim > 2 and _search("views", pattern, name)]
+        if not found:
+            raise ValueError(
+                f"views: pattern {pattern!r} matches no target of more than two dimensions: add it to targets"
+            )
+        viewed |= dict.fromkeys(found, view)
+    for name, p in trainable:
+        if name in chosen and p.ndim > 2 and name not in viewed:
+            raise ValueError(
+                f"{name} of shape {tuple(p.shape)} is no matrix: give views={{{name!r}: 'conv'}} (first x rest) or 'batch'"
+            )
+    return viewed
+
+
+def _search(argument: str, pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"{argument}: pattern {pattern!r} is no regular expression: {error}") from None
+
+
+def _examples(trainable: Named) -> str:
+    names = [name for name, p in trainable if p.ndim >= 2]
+    middle = names[len(names) // 2 : len(names) // 2 + 2]
+    return f": names look like {', '.join(middle)}" if middle else ""

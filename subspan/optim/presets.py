@@ -1,0 +1,92 @@
+"""Presets: ProjectedOptimizer with a rule, a few lines each.
+
+All take parameter groups (`param_groups(model, rank=...)`), the learning rate and `ProjectedOptimizer`'s own keywords
+(projector, refresh, weight_decay, max_grad_norm, state_dtype, basis_dtype).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from subspan.optim.optimizer import ProjectedOptimizer
+from subspan.optim.projectors import SVD
+from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
+
+
+class GaLoreAdamW(ProjectedOptimizer):
+    """GaLore with AdamW (arXiv 2403.03507): moments in fp32, eps and the order of weight decay as in torch.optim.AdamW.
+
+    A dense group is torch.optim.AdamW. galore_torch puts eps before the bias correction and decays after the update:
+    for those conventions use `presets.paper` or `subspan.compat`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, lr, rule=Adam(tuple(betas), eps), **kwargs)  # type: ignore[arg-type]
+
+
+class GaLoreAdafactor(ProjectedOptimizer):
+    """GaLore with Adafactor: no first moment, no parameter scaling, a given lr. State per matrix: d r + r + k."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        eps: float = 1e-30,
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, lr, rule=Adafactor(eps, clip_threshold, decay_rate), **kwargs)
+
+
+class GaLoreLion(ProjectedOptimizer):
+    """GaLore with Lion: one moment. State per matrix: d r + r k."""
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), **kwargs: Any
+    ) -> None:
+        super().__init__(params, lr, rule=Lion(tuple(betas)), **kwargs)  # type: ignore[arg-type]
+
+
+class GaLoreSGD(ProjectedOptimizer):
+    """GaLore with SGD and momentum. State per matrix: d r + r k; d r with momentum=0."""
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-2, momentum: float = 0.9, nesterov: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(params, lr, rule=SGDMomentum(momentum, nesterov), **kwargs)
+
+
+def paper(
+    params: Iterable[Any],
+    lr: float = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    **kwargs: Any,
+) -> ProjectedOptimizer:
+    """GaLore as the authors' code computes it, and so as the published numbers were made.
+
+    Exact SVD of the current gradient every T steps, state in the parameter's dtype, eps 1e-6 before the bias correction,
+    weight decay after the update, square matrices on the right, rounding noise not masked.
+    """
+    rule = Adam(tuple(betas), eps, uncorrected_eps=True)  # type: ignore[arg-type]
+    own = {"projector": SVD(), "state_dtype": None, "decay_after_update": True, "mask_null": False}
+    return ProjectedOptimizer(params, lr, rule=rule, **{**own, **kwargs})
+
+
+PRESETS: dict[str, Callable[..., ProjectedOptimizer]] = {
+    "galore": GaLoreAdamW,
+    "paper": paper,
+    "galore_adafactor": GaLoreAdafactor,
+    "galore_lion": GaLoreLion,
+    "galore_sgd": GaLoreSGD,
+    "adamw": GaLoreAdamW,  # over param_groups(rank=None): every group dense
+}

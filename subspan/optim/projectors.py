@@ -1,0 +1,228 @@
+"""Where to look: the geometry of a projection, and four ways to find a basis.
+
+Words and shapes (docs/theory.md). W and its gradient G are matrices (m, n), or batches of matrices (..., m, n):
+
+    A = orient(G, side)      (d, k)    d is the length of the side that the basis lives on
+    Q                        (d, r)    basis: orthonormal columns
+    R = project(A, Q)        (r, k)    low-rank gradient, Q^T A
+    D = project_back(U, Q)   (d, k)    Q U
+
+The basis finders are frozen dataclasses without state: the basis itself lives in the optimizer's state.
+Every one of them returns orthonormal, finite columns for every finite input: zero, rank-deficient, 1 x n, r = min(m, n).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+Side = Literal["left", "right"]
+ProjType = Literal["std", "reverse_std", "left", "right"]
+
+NULL_TOLERANCE = {torch.float64: 4e-15, torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 1.3e-4}
+"""Per gradient dtype: rows of R shorter than this share of the longest row are rounding noise."""
+
+
+# ---------------------------------------------------------------------------------------------------- geometry
+
+
+def check_proj_type(proj_type: object) -> None:
+    """Raise a ValueError unless `proj_type` is one that `pick_side` knows."""
+    if proj_type == "full":
+        raise ValueError("proj_type='full' (a basis on both sides) is not supported: use proj_type='std'")
+    if proj_type not in get_args(ProjType):
+        raise ValueError(f"proj_type={proj_type!r} is unknown: use one of {', '.join(get_args(ProjType))}")
+
+
+def pick_side(shape: Sequence[int], proj_type: str = "std") -> Side:
+    """The side of a (..., m, n) matrix that the basis multiplies from.
+
+    `std` puts the basis on the short side (GaLore, arXiv 2403.03507, section 4.2), `reverse_std` on the long side, `left` and
+    `right` where they say. A square matrix counts as tall, so `std` projects it on the right: the paper's text says
+    left, the authors' code and therefore every published number says right.
+    """
+    check_proj_type(proj_type)
+    if proj_type == "left" or proj_type == "right":
+        return proj_type  # type: ignore[return-value]
+    tall = shape[-2] >= shape[-1]
+    return "right" if tall == (proj_type == "std") else "left"
+
+
+def orient(X: Tensor, side: Side) -> Tensor:
+    """X (..., m, n) as seen from `side`: itself for left, a transposed view for right. Its own inverse."""
+    return X if side == "left" else X.mT
+
+
+def effective_rank(rank: int, shape: Sequence[int]) -> int:
+    """min(rank, m, n): a basis of a (..., m, n) matrix cannot be larger."""
+    return min(rank, shape[-2], shape[-1])
+
+
+def project(A: Tensor, Q: Tensor) -> Tensor:
+    """Low-rank gradient R = Q^T A: (..., d, k), (..., d, r) -> (..., r, k)."""
+    return Q.mT @ A
+
+
+def project_back(U: Tensor, Q: Tensor) -> Tensor:
+    """Q U: (..., r, k), (..., d, r) -> (..., d, k)."""
+    return Q @ U
+
+
+def overlap(Q1: Tensor, Q2: Tensor) -> Tensor:
+    """||Q1^T Q2||_F^2 / r in [0, 1]: 1 for one subspace, r/d in the mean for two random ones. 0-d, or one a batch."""
+    return (Q1.mT.float() @ Q2.float()).square().sum((-2, -1)) / Q2.shape[-1]
+
+
+def captured_energy(A: Tensor, Q: Tensor) -> Tensor:
+    """||Q^T A||_F^2 / ||A||_F^2 in [0, 1] (0 for A = 0): the share of the gradient that the basis sees."""
+    total = A.float().square().sum((-2, -1))
+    return project(A.float(), Q.float()).square().sum((-2, -1)) / total.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def mask_null_directions(R: Tensor) -> Tensor:
+    """R (..., r, k) with the rows that hold nothing but rounding noise set to zero.
+
+    With fewer tokens than r behind a gradient some rows of R are zero up to rounding, and Adam would turn that noise
+    into steps of full size. Row i is null when ||R_i|| < tau max_j ||R_j||, tau of the gradient's dtype: 4e-6 for fp32,
+    1e-3 for bf16 (noise floors measured: 4e-7 and 6.5e-4). Rows with nan or inf stay, for the caller to see. No host sync.
+    """
+    norms = torch.linalg.vector_norm(R, dim=-1, keepdim=True, dtype=torch.promote_types(R.dtype, torch.float32))
+    return torch.where(norms < NULL_TOLERANCE[R.dtype] * norms.amax(-2, keepdim=True), 0, R)
+
+
+def orthonormalize(Y: Tensor) -> Tensor:
+    """Orthonormal columns with the span of Y (..., d, r), d >= r: Householder QR in fp32, returned in fp32.
+
+    Householder vectors give orthonormal columns whatever the rank of Y (Gram-Schmidt and Cholesky do not). Column j is
+    turned to point along Y_j (diag of the triangular factor >= 0), so a basis that hardly moved keeps its signs, and with
+    them the meaning of moments kept across a refresh.
+    """
+    Q: Tensor
+    Q, T = torch.linalg.qr(Y if Y.dtype == torch.float64 else Y.float())
+    signs = torch.where(T.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
+    return Q.mul_(signs.unsqueeze(-2))
+
+
+def random_basis(shape: Sequence[int], seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Orthonormal columns (..., d, r), fp32, uniform over subspaces; a function of (shape, seed) alone.
+
+    Drawn by a generator of its own on the CPU, so that it is the same on every device and process and never touches
+    the global random state.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return orthonormalize(torch.randn(tuple(shape), generator=generator).to(device))
+
+
+# ------------------------------------------------------------------------------------------------ basis finders
+
+
+class Projector(Protocol):
+    """Finds a basis. Implementations are frozen dataclasses of hyperparameters; they keep nothing between calls."""
+
+    def basis(self, G: Tensor, side: Side, rank: int, previous: Tensor | None, seed: int) -> Tensor:
+        """An orthonormal basis of the gradient's subspace.
+
+        G: (..., m, n), finite, any floating dtype. `rank` is at most min(m, n) (`effective_rank`). `previous`: the basis
+        (..., d, r) in use until now, None when it carries no information yet. `seed`: for those that draw; the optimizer
+        gives every parameter and refresh its own. Returns (..., d, rank), fp32 (fp64 for an fp64 G).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SVD:
+    """The paper's choice: the r leading singular vectors of G (arXiv 2403.03507, Algorithm 2).
+
+    Exact, and slow: O(m n min(m, n)) operations that parallelise badly.
+    """
+
+    def basis(self, G: Tensor, side: Side, rank: int, previous: Tensor | None, seed: int) -> Tensor:
+        # Of G itself, never of its transpose: LAPACK's choice of signs differs between the two, and kept moments feel it.
+        G = G if G.dtype == torch.float64 else G.float()
+        U: Tensor
+        Vh: Tensor
+        try:
+            U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # fp32 divide and conquer rarely fails to converge; fp64 then does
+            U, _, Vh = (X.to(G.dtype) for X in torch.linalg.svd(G.double(), full_matrices=False))
+        return (U[..., :rank] if side == "left" else Vh[..., :rank, :].mT).contiguous()
+
+
+@dataclass(frozen=True)
+class RandomizedSVD:
+    """Leading singular vectors by randomized range finding (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1).
+
+    oversample: extra columns of the sketch; n_iter: power iterations, each orthonormalised. Ignores the previous basis.
+    """
+
+    oversample: int = 8
+    n_iter: int = 2
+
+    def __post_init__(self) -> None:
+        _check_count("oversample", self.oversample, 0)
+        _check_count("n_iter", self.n_iter, 0)
+
+    def basis(self, G: Tensor, side: Side, rank: int, previous: Tensor | None, seed: int) -> Tensor:
+        A = orient(G, side)
+        width = min(rank + self.oversample, *A.shape[-2:])
+        Y = random_basis((*A.shape[:-2], A.shape[-2], width), seed, A.device)
+        for _ in range(max(self.n_iter, 1)):
+            Y = orthonormalize(_half_power(A, Y))
+        U: Tensor
+        U, _, _ = torch.linalg.svd((Y.to(A.dtype).mT @ A).to(Y.dtype), full_matrices=False)
+        return Y @ U[..., :rank]
+
+
+@dataclass(frozen=True)
+class SubspaceIteration:
+    """Warm-started subspace iteration: Q <- qr(A (A^T Q)), matrix products and one thin QR.
+
+    The subspace of one refresh starts the next, so one or two products with A A^T follow the leading singular subspace
+    (Golub and Van Loan, Matrix Computations, 8.2.4). Unlike singular vectors, its columns do not jump when singular values
+    cross, so moments kept across a refresh keep most of their meaning.
+
+    n_iter: products with A A^T at a refresh; cold_iter: at the first one, which starts from a random basis.
+    """
+
+    n_iter: int = 2
+    cold_iter: int = 4
+
+    def __post_init__(self) -> None:
+        _check_count("n_iter", self.n_iter, 1)
+        _check_count("cold_iter", self.cold_iter, 1)
+
+    def basis(self, G: Tensor, side: Side, rank: int, previous: Tensor | None, seed: int) -> Tensor:
+        A = orient(G, side)
+        if previous is None:
+            Q, rounds = random_basis((*A.shape[:-2], A.shape[-2], rank), seed, A.device), self.cold_iter
+        else:
+            Q, rounds = previous, self.n_iter
+        for _ in range(rounds):
+            Q = orthonormalize(_half_power(A, Q))
+        return Q
+
+
+@dataclass(frozen=True)
+class Random:
+    """A new random orthonormal basis at every refresh: costs no look at the gradient (GoLore, arXiv 2410.11289)."""
+
+    def basis(self, G: Tensor, side: Side, rank: int, previous: Tensor | None, seed: int) -> Tensor:
+        A = orient(G, side)
+        return random_basis((*A.shape[:-2], A.shape[-2], rank), seed, A.device)
+
+
+def _half_power(A: Tensor, Q: Tensor) -> Tensor:
+    """A (A^T Q), (..., d, r), in A's dtype. The inner factor is scaled to unit norm: gradients of 1e-6, squared, would
+    leave fp16's range, and the span does not depend on scale."""
+    Z = A.mT @ Q.to(A.dtype)
+    norm: Tensor = torch.linalg.matrix_norm(Z, keepdim=True, dtype=torch.promote_types(A.dtype, torch.float32))
+    return A @ (Z / norm.clamp_min(torch.finfo(torch.float32).tiny)).to(A.dtype)
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")

@@ -1,0 +1,186 @@
+"""How to step: inner rules that turn a (low-rank) gradient into a direction.
+
+A rule is a frozen dataclass of hyperparameters. It never sees the learning rate, the weight decay, the weight or the
+basis, and it cannot tell a projected parameter from a dense one: R is (r, k) for the first and the gradient itself, of any
+shape, for the second. All arithmetic is fp32 (fp64 for fp64 gradients); state keeps the dtype it was created with.
+
+References
+    Adam        Kingma and Ba, arXiv 1412.6980; AdamW, arXiv 1711.05101
+    Adafactor   Shazeer and Stern, arXiv 1804.04235, without its relative step sizes and without a first moment
+    Lion        Chen et al., arXiv 2302.06675
+    SGDMomentum torch.optim.SGD
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+class Rule(Protocol):
+    """One tensor in, one direction out."""
+
+    def init(self, R: Tensor) -> State:
+        """The state for a gradient like R: zeros, in R's dtype and on R's device (the meta device included)."""
+        ...
+
+    def update(self, R: Tensor, state: State, step: Tensor) -> Tensor:
+        """The direction U, of R's shape, fp32; changes `state` in place, leaves R alone.
+
+        `step`: 0-d float tensor, 1 at the first update. The weight then moves by -lr * U.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Adam:
+    """U = m_hat / (sqrt(v_hat) + eps), as in torch.optim.Adam.
+
+    uncorrected_eps: U = m_hat sqrt(1 - beta2^t) / (sqrt(v) + eps), eps added before the bias correction of v. At step 1 an
+    eps of 1e-6 then acts like one of 3e-5. It is what galore_torch and Hugging Face's former AdamW compute: for the
+    `paper` preset and compat. bias_correction=False: no correction of either moment (BERT's).
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    uncorrected_eps: bool = False
+    bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        _check_betas(self.betas)
+        _check_at_least_zero("eps", self.eps)
+
+    def init(self, R: Tensor) -> State:
+        return {"exp_avg": torch.zeros_like(R), "exp_avg_sq": torch.zeros_like(R)}
+
+    def update(self, R: Tensor, state: State, step: Tensor) -> Tensor:
+        beta1, beta2 = self.betas
+        R = _compute(R)
+        m, v = state["exp_avg"].to(R.dtype), state["exp_avg_sq"].to(R.dtype)
+        m.lerp_(R, 1 - beta1)
+        v.mul_(beta2).addcmul_(R, R, value=1 - beta2)
+        state["exp_avg"].copy_(m)
+        state["exp_avg_sq"].copy_(v)
+        if not self.bias_correction:
+            return m / v.sqrt().add_(self.eps)
+        t = step.double()  # in fp32, 1 - 0.999 would carry an error of 6e-5
+        correction1, correction2 = 1 - beta1**t, (1 - beta2**t).sqrt()
+        if self.uncorrected_eps:
+            return (m / v.sqrt().add_(self.eps)).mul_(correction2 / correction1)
+        return (m / (v.sqrt() / correction2).add_(self.eps)).div_(correction1)
+
+
+@dataclass(frozen=True)
+class Adafactor:
+    """U = R / sqrt(V), clipped to a root mean square of `clip_threshold`; V is the rank-1 estimate of the second moment.
+
+        beta_t = 1 - t^decay_rate
+        row <- beta_t row + (1 - beta_t) mean_j(R^2 + eps),  col likewise over i;  V = row col^T / mean(row)
+
+    State for (..., r, k): (..., r) + (..., k). Vectors keep their whole second moment. The setting that everybody uses: no first
+    moment (beta1=None), scale_parameter=False, relative_step=False.
+    """
+
+    eps: float = 1e-30
+    clip_threshold: float = 1.0
+    decay_rate: float = -0.8
+
+    def __post_init__(self) -> None:
+        _check_at_least_zero("eps", self.eps)
+        if not self.clip_threshold > 0:
+            raise ValueError(f"clip_threshold={self.clip_threshold!r} must be positive: 1.0 is usual")
+        if not self.decay_rate < 0:
+            raise ValueError(f"decay_rate={self.decay_rate!r} must be negative: -0.8 is usual")
+
+    def init(self, R: Tensor) -> State:
+        if R.ndim < 2:
+            return {"exp_avg_sq": torch.zeros_like(R)}
+        return {"exp_avg_sq_row": R.new_zeros(R.shape[:-1]), "exp_avg_sq_col": R.new_zeros(R.shape[:-2] + R.shape[-1:])}
+
+    def update(self, R: Tensor, state: State, step: Tensor) -> Tensor:
+        R = _compute(R)
+        weight = step.double() ** self.decay_rate  # 1 - beta_t, a 0-d tensor: no host sync
+        square = R.square().add_(self.eps)
+        if R.ndim < 2:
+            v = state["exp_avg_sq"].to(R.dtype)
+            v.mul_(1 - weight).add_(square.mul_(weight))
+            state["exp_avg_sq"].copy_(v)
+            U = square.copy_(v).rsqrt_().mul_(R)
+        else:
+            row, col = state["exp_avg_sq_row"].to(R.dtype), state["exp_avg_sq_col"].to(R.dtype)
+            row.mul_(1 - weight).add_(square.mean(-1).mul_(weight))
+            col.mul_(1 - weight).add_(square.mean(-2).mul_(weight))
+            state["exp_avg_sq_row"].copy_(row)
+            state["exp_avg_sq_col"].copy_(col)
+            U = torch.mul(R, (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1), out=square)
+            U.mul_(col.rsqrt().unsqueeze(-2))
+        rms = torch.linalg.vector_norm(U) / math.sqrt(max(U.numel(), 1))
+        return U.div_((rms / self.clip_threshold).clamp_min_(1.0))
+
+
+@dataclass(frozen=True)
+class Lion:
+    """U = sign(beta1 m + (1 - beta1) R), then m <- beta2 m + (1 - beta2) R. One moment; lr about a tenth of Adam's."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    def __post_init__(self) -> None:
+        _check_betas(self.betas)
+
+    def init(self, R: Tensor) -> State:
+        return {"exp_avg": torch.zeros_like(R)}
+
+    def update(self, R: Tensor, state: State, step: Tensor) -> Tensor:
+        beta1, beta2 = self.betas
+        R = _compute(R)
+        m = state["exp_avg"].to(R.dtype)
+        U = torch.lerp(m, R, 1 - beta1).sign_()
+        state["exp_avg"].copy_(m.lerp_(R, 1 - beta2))
+        return U
+
+
+@dataclass(frozen=True)
+class SGDMomentum:
+    """buf <- momentum buf + R; U = buf, or R + momentum buf with nesterov. momentum=0: no state, U = R."""
+
+    momentum: float = 0.9
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"momentum={self.momentum!r} must be in [0, 1)")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov=True needs a momentum: set momentum=0.9 or nesterov=False")
+
+    def init(self, R: Tensor) -> State:
+        return {"momentum_buffer": torch.zeros_like(R)} if self.momentum else {}
+
+    def update(self, R: Tensor, state: State, step: Tensor) -> Tensor:
+        R = _compute(R)
+        if not self.momentum:
+            return R
+        buf = state["momentum_buffer"].to(R.dtype)
+        buf.mul_(self.momentum).add_(R)
+        state["momentum_buffer"].copy_(buf)
+        return torch.add(R, buf, alpha=self.momentum) if self.nesterov else buf
+
+
+def _compute(X: Tensor) -> Tensor:
+    """X in the dtype of the arithmetic: itself in fp32 and fp64, an fp32 copy otherwise."""
+    return X if X.dtype == torch.float64 else X.float()
+
+
+def _check_betas(betas: tuple[float, float]) -> None:
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas={betas!r} must be two numbers in [0, 1), as in betas=(0.9, 0.999)")
+
+
+def _check_at_least_zero(name: str, value: float) -> None:
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{name}={value!r} must be a number of at least 0")

@@ -1,0 +1,303 @@
+"""The configuration of a run: one dataclass per component, values checked where they are made.
+
+A field's docstring is its help text on the command line. A recipe is these four sections as YAML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from subspan.extras import require
+
+Preset = Literal["galore", "paper", "galore_adafactor", "galore_lion", "galore_sgd", "adamw"]
+ProjectorName = Literal["subspace_iteration", "svd", "randomized_svd", "random"]
+
+
+@dataclass
+class ModelConfig:
+    """Which network is trained."""
+
+    name: str = "llama-9m"
+    """llama-9m, llama-60m, llama-130m, llama-350m, llama-1b, llama-7b, or the name or folder of any Hugging Face causal LM"""
+    pretrained: bool = False
+    """start from the weights of that Hugging Face model instead of random ones"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of the weights and gradients"""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """fields of the model's configuration to change, such as {hidden_size: 128}"""
+    activation_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+
+    def __post_init__(self) -> None:
+        _check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        if not self.name:
+            raise ValueError("model.name is empty: use llama-9m or another name from `subspan train --help`")
+        if self.pretrained and self.overrides:
+            raise ValueError(
+                f"model.overrides={self.overrides} would not fit pretrained weights: drop it or set model.pretrained=false"
+            )
+
+
+@dataclass
+class DataConfig:
+    """Which text is trained on. Neither files nor dataset: the source of Python's own standard library."""
+
+    files: str | list[str] | None = None
+    """path, glob or list of them: .txt and other text, .jsonl, .parquet; quote a glob so that the shell leaves it alone"""
+    valid_files: str | list[str] | None = None
+    """the same for validation; without it, valid_fraction of the training documents is held out"""
+    dataset: str | None = None
+    """name of a Hugging Face dataset to stream, instead of files"""
+    dataset_config: str | None = None
+    """configuration of that dataset, such as en"""
+    split: str = "train"
+    """split of the dataset to train on"""
+    valid_split: str = "validation"
+    """split of the dataset to validate on"""
+    text_key: str = "text"
+    """column or key that holds the text"""
+    format: Literal["text", "chat"] = "text"
+    """text, or chat: jsonl rows with `messages` or `prompt` and `completion`, loss on the answers only"""
+    tokenizer: str | None = None
+    """Hugging Face tokenizer name or folder; null: the model's own, or for a llama-* size a byte-level BPE made from the text"""
+    vocab_size: int = 4096
+    """pieces of the byte-level BPE that is made when there is no tokenizer"""
+    seq_len: int = 256
+    """tokens per sequence"""
+    keep_documents_apart: bool = False
+    """packed documents do not see each other"""
+    document_separator: str = "<|endoftext|>"
+    """text between two documents of one file"""
+    valid_fraction: float = 0.01
+    """share of documents held out when there are no valid_files"""
+    cache_dir: str = "~/.cache/subspan"
+    """folder for tokenizers and packed tokens, found again by the hash of their content"""
+    num_workers: int = 0
+    """processes that read ahead"""
+
+    def __post_init__(self) -> None:
+        _check_whole("data.seq_len", self.seq_len, minimum=2)
+        _check_whole("data.vocab_size", self.vocab_size, minimum=257)
+        _check_whole("data.num_workers", self.num_workers, minimum=0)
+        _check_choice("data.format", self.format, ("text", "chat"))
+        _check_number("data.valid_fraction", self.valid_fraction, above=0, below=1)
+        if self.dataset and (self.files or self.valid_files):
+            raise ValueError(f"data.dataset={self.dataset!r} and data.files exclude each other: give one of them")
+        if self.valid_files and not self.files:
+            raise ValueError(f"data.valid_files={self.valid_files!r} needs data.files: add the training files")
+        if self.format == "chat" and not self.files:
+            raise ValueError("data.format='chat' needs data.files: give jsonl files")
+        if self.format == "chat" and self.keep_documents_apart:
+            raise ValueError(
+                "data.keep_documents_apart=true is for packed text, and chat data is not packed: set it false"
+            )
+        if self.dataset and self.num_workers:
+            raise ValueError(
+                f"data.num_workers={self.num_workers} does not go with the stream of data.dataset: set it to 0"
+            )
+
+    @property
+    def file_list(self) -> list[str] | None:
+        return _as_list(self.files)
+
+    @property
+    def valid_file_list(self) -> list[str] | None:
+        return _as_list(self.valid_files)
+
+
+@dataclass
+class OptimConfig:
+    """How the weights are stepped."""
+
+    preset: Preset = "galore"
+    """galore: Adam in the subspace, paper: exactly the reference, galore_adafactor, galore_lion, galore_sgd, adamw: full rank"""
+    lr: float = 0.01
+    """peak learning rate"""
+    dense_lr: float | None = None
+    """peak learning rate of the parameters that are not projected; null: lr"""
+    rank: int = 128
+    """dimensions of the subspace, r"""
+    scale: float = 0.25
+    """factor on projected updates, the paper's alpha"""
+    update_proj_gap: int = 200
+    """steps between two refreshes of the subspace, the paper's T"""
+    proj_type: Literal["std", "reverse_std", "left", "right"] = "std"
+    """side of the matrix that is projected: std is the short one"""
+    projector: ProjectorName | None = None
+    """how the subspace is found; null: what the preset uses"""
+    targets: list[str] | None = None
+    """patterns of parameter names to project; null: the linear layers of attention and MLP"""
+    betas: list[float] | None = None
+    """decay rates of Adam's or Lion's moments; null: what the preset uses"""
+    eps: float | None = None
+    """epsilon of Adam or Adafactor; null: what the preset uses"""
+    weight_decay: float = 0.0
+    """decoupled weight decay"""
+    max_grad_norm: float | None = None
+    """clip the gradient norm to this; null or 0: no clipping"""
+    state_dtype: Literal["float32", "bfloat16"] | None = None
+    """dtype of the moments; null: what the preset uses"""
+
+    def __post_init__(self) -> None:
+        _check_choice("optim.preset", self.preset, get_args(Preset))
+        _check_number("optim.lr", self.lr, above=0)
+        _check_number("optim.dense_lr", self.dense_lr, above=0, optional=True)
+        _check_whole("optim.rank", self.rank, minimum=1)
+        _check_number("optim.scale", self.scale)
+        _check_whole("optim.update_proj_gap", self.update_proj_gap, minimum=1)
+        _check_choice("optim.proj_type", self.proj_type, ("std", "reverse_std", "left", "right"))
+        _check_choice("optim.projector", self.projector, (None, *get_args(ProjectorName)))
+        _check_number("optim.weight_decay", self.weight_decay, at_least=0)
+        _check_number("optim.eps", self.eps, at_least=0, optional=True)
+        _check_number("optim.max_grad_norm", self.max_grad_norm, at_least=0, optional=True)
+        _check_choice("optim.state_dtype", self.state_dtype, (None, "float32", "bfloat16"))
+        if self.betas is not None and not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1), such as [0.9, 0.999]")
+        for name, value, presets in (
+            ("betas", self.betas, ("galore", "paper", "galore_lion", "adamw")),
+            ("eps", self.eps, ("galore", "paper", "galore_adafactor", "adamw")),
+            ("projector", self.projector, ("galore", "paper", "galore_adafactor", "galore_lion", "galore_sgd")),
+        ):
+            if value is not None and self.preset not in presets:
+                raise ValueError(
+                    f"optim.{name}={value} has no meaning with optim.preset={self.preset}: set optim.{name} to null"
+                )
+
+
+@dataclass
+class RunConfig:
+    """How long, on what and where to."""
+
+    out: str = "runs/subspan"
+    """run folder to make; it may not hold anything yet"""
+    steps: int = 1000
+    """optimizer steps"""
+    warmup_steps: int = 100
+    """steps of linear warm-up; cosine decay follows"""
+    min_lr_ratio: float = 0.1
+    """learning rate of the last step as a share of the peak"""
+    batch_size: int = 16
+    """sequences per optimizer step"""
+    micro_batch: int | None = None
+    """sequences per forward and backward pass; null: all of batch_size at once"""
+    eval_every: int = 500
+    """steps between evaluations; 0: at the end only"""
+    eval_sequences: int | None = None
+    """validation sequences to use; null: all"""
+    log_every: int = 10
+    """steps between two lines where there is no terminal for a progress bar"""
+    seed: int = 0
+    """of the weights, the data order and random subspaces"""
+    autocast: bool = False
+    """bfloat16 arithmetic where it is safe, weights stay in model.dtype"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    export: bool = True
+    """write the trained model as a Hugging Face folder"""
+    threads: int | None = None
+    """CPU threads; null: torch's choice"""
+
+    def __post_init__(self) -> None:
+        _check_whole("run.steps", self.steps, minimum=1)
+        _check_whole("run.warmup_steps", self.warmup_steps, minimum=0)
+        _check_number("run.min_lr_ratio", self.min_lr_ratio, at_least=0, at_most=1)
+        _check_whole("run.batch_size", self.batch_size, minimum=1)
+        _check_whole("run.micro_batch", self.micro_batch, minimum=1, optional=True)
+        _check_whole("run.eval_every", self.eval_every, minimum=0)
+        _check_whole("run.eval_sequences", self.eval_sequences, minimum=1, optional=True)
+        _check_whole("run.log_every", self.log_every, minimum=1)
+        _check_whole("run.seed", self.seed, minimum=0)
+        _check_whole("run.threads", self.threads, minimum=1, optional=True)
+        if not self.out:
+            raise ValueError("run.out is empty: name the run folder")
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"run.warmup_steps={self.warmup_steps} is more than run.steps={self.steps}: lower run.warmup_steps"
+            )
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"run.micro_batch={self.micro_batch} does not divide run.batch_size={self.batch_size}: "
+                "the last micro-batch would be smaller, change one of them"
+            )
+
+
+@dataclass
+class TrainConfig:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.run.autocast and self.model.dtype == "bfloat16":
+            raise ValueError("run.autocast=true does nothing for weights of model.dtype=bfloat16: drop one of them")
+        if self.data.dataset and self.run.eval_sequences is None:
+            raise ValueError(
+                f"run.eval_sequences is needed with the stream of data.dataset={self.data.dataset!r}: 1000, say"
+            )
+
+
+SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write `config` as YAML that `subspan train --config` and `load_config` read."""
+    path.write_text(require("yaml", "train").safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a configuration that `save_config` wrote; ValueError if it is not one."""
+    try:
+        return make_config(require("yaml", "train").safe_load(path.read_text(encoding="utf-8")))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a configuration of subspan: {error}") from None
+
+
+def make_config(sections: dict[str, dict[str, Any]]) -> TrainConfig:
+    """The configuration of plain values, section by section."""
+    return TrainConfig(**{name: SECTIONS[name](**values) for name, values in sections.items()})
+
+
+def _as_list(value: str | list[str] | None) -> list[str] | None:
+    return [value] if isinstance(value, str) else value
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        known = ", ".join("none" if choice is None else str(choice) for choice in choices)
+        raise ValueError(f"{name}={value!r} is unknown: use one of {known}")
+
+
+def _check_whole(name: str, value: object, *, minimum: int, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {minimum}")
+
+
+def _check_number(
+    name: str,
+    value: float | None,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    optional: bool = False,
+) -> None:
+    if optional and value is None:
+        return
+    limits = [("above", above), ("at least", at_least), ("below", below), ("at most", at_most)]
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if fits and value is not None:
+        fits = (above is None or value > above) and (at_least is None or value >= at_least)
+        fits = fits and (below is None or value < below) and (at_most is None or value <= at_most)
+    if not fits:
+        wanted = " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None) or "finite"
+        raise ValueError(f"{name}={value!r} must be a number {wanted}")

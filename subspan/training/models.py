@@ -1,0 +1,122 @@
+"""Causal language models: the paper's LLaMA sizes, or any Hugging Face model by name or folder."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from subspan.extras import require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def _llama(hidden: int, intermediate: int, heads: int, layers: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+    }
+
+
+# arXiv 2403.03507, Table 5, as the configs of jiaweizzhao/GaLore have it: the paper prints the 1B model's heads and layers
+# swapped (24 heads do not divide 2048). The vocabulary is the tokenizer's; the paper's recipes set 32,000.
+LLAMA: dict[str, dict[str, Any]] = {
+    "llama-9m": _llama(256, 688, 4, 8),
+    "llama-60m": _llama(512, 1376, 8, 8),
+    "llama-130m": _llama(768, 2048, 12, 12),
+    "llama-350m": _llama(1024, 2736, 16, 24),
+    "llama-1b": _llama(2048, 5461, 32, 24),
+    "llama-7b": _llama(4096, 11008, 32, 32),
+}
+
+
+def build_model(
+    name: str,
+    *,
+    vocab_size: int | None = None,
+    seq_len: int = 0,
+    pretrained: bool = False,
+    dtype: str = "float32",
+    overrides: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """A causal LM with fresh (or `pretrained`) weights of `dtype` on `device`.
+
+    name: a key of `LLAMA`, or a Hugging Face model name or folder.
+    vocab_size: embedding rows of a `LLAMA` size, 32,000 by default; a Hugging Face model keeps its own.
+    seq_len: the longest sequence to come; a `LLAMA` size gets as many positions, another model must have them.
+    overrides: fields of the model's configuration; they win over everything else. A Hugging Face model's file often states
+        what follows from other fields as well (head_dim): override that too.
+    device: None is torch's default device, so that `with torch.device("meta")` builds without memory.
+
+    Raises ValueError for an unknown name, an unknown field or too few positions.
+    """
+    transformers = require("transformers", "train")
+    if name in LLAMA and pretrained:
+        raise ValueError(
+            f"model.pretrained=true needs a Hugging Face model, and {name} has no published weights: set it false"
+        )
+    config = model_config(name, overrides, vocab_size=vocab_size, seq_len=seq_len)
+    torch_dtype = getattr(torch, dtype)
+    model: PreTrainedModel
+    if pretrained:
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
+        model.to(device or "cpu")  # type: ignore[arg-type]
+        return model
+    with torch.device(device if device is not None else torch.get_default_device()):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+    return model
+
+
+def model_config(
+    name: str, overrides: Mapping[str, Any] | None = None, *, vocab_size: int | None = None, seq_len: int = 0
+) -> PreTrainedConfig:
+    """The configuration of a model by name: the arguments and errors of `build_model`."""
+    transformers = require("transformers", "train")
+    overrides = dict(overrides or {})
+    config: PreTrainedConfig = transformers.LlamaConfig() if name in LLAMA else _published_config(name)
+    for key in overrides:
+        if not hasattr(config, key):
+            raise ValueError(
+                f"model.overrides: {key} is no field of a {config.model_type} configuration, such as hidden_size"
+            )
+    try:
+        if name in LLAMA:  # made in one go, because head_dim must follow from overridden sizes
+            fields = {**LLAMA[name], "vocab_size": vocab_size or 32000, "bos_token_id": None, "eos_token_id": None}
+            fields["max_position_embeddings"] = max(fields["max_position_embeddings"], seq_len)
+            config = transformers.LlamaConfig(**{**fields, **overrides})
+        for key, value in overrides.items():
+            setattr(config, key, value)
+    except (
+        Exception
+    ) as error:  # transformers checks types and sizes with errors of its own, the reason in the last line
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"model.overrides={overrides} do not fit {name}: {reason}") from None
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise ValueError(f"data.seq_len={seq_len} is more than the {positions} positions of {name}: lower data.seq_len")
+    return config
+
+
+def _published_config(name: str) -> PreTrainedConfig:
+    close = [] if "/" in name or Path(name).exists() else difflib.get_close_matches(name, LLAMA, n=1, cutoff=0.7)
+    if close:  # a slip: do not go and ask the hub
+        raise ValueError(f"model.name={name!r} is unknown: did you mean {close[0]}?")
+    try:
+        config: PreTrainedConfig = require("transformers", "train").AutoConfig.from_pretrained(name)
+        return config
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.name={name!r} is none of {', '.join(LLAMA)}, and no Hugging Face model or folder by that name loads: {reason}"
+        ) from None

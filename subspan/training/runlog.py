@@ -1,0 +1,128 @@
+"""What a run leaves behind and shows: the run folder, its metrics, the progress bar and the closing table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from subspan.extras import require
+
+
+class RunLog:
+    """Makes the run folder; progress bar or plain lines, metrics.jsonl and TensorBoard events while the run lasts."""
+
+    def __init__(self, out: Path, *, steps: int, log_every: int) -> None:
+        self.out, self.steps, self.log_every = out, steps, log_every
+        self.events: Any = None
+        self.bar: Any = None
+
+    def __enter__(self) -> RunLog:
+        progress = require("rich.progress", "train")
+        console = require("rich.console", "train").Console()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.metrics = (self.out / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(self.out / "tensorboard")
+        if console.is_terminal:
+            columns = (
+                progress.TaskProgressColumn(),
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(None),
+            )
+            self.bar = progress.Progress(*columns, console=console, expand=True)
+            self.task = self.bar.add_task("first step", total=self.steps)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+        if self.events:
+            self.events.close()
+        self.metrics.close()
+
+    def step(self, step: int, **values: float) -> None:
+        """One optimizer step: tokens, loss, lr, grad_norm, tokens_per_second, peak_memory_bytes, seconds, skipped.
+
+        The line shows loss, learning rate, gradient norm, speed, peak memory and time left, within 80 columns.
+        """
+        self._write(step, values)
+        left = round(values["seconds"] / step * (self.steps - step))
+        line = (
+            f"loss {values['loss']:.4f} lr {values['lr']:.1e} grad {values['grad_norm']:.2g} "
+            f"{values['tokens_per_second']:,.0f} tokens/s peak {values['peak_memory_bytes'] / 2**30:.2f} GiB "
+            f"{left // 60}:{left % 60:02} left"
+        )
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=line)
+        elif step % self.log_every == 0 or step in (1, self.steps):
+            print(f"step {step}/{self.steps} {line}", flush=True)
+
+    def evaluation(self, step: int, *, tokens: int, valid_loss: float, perplexity: float) -> None:
+        self._write(step, {"tokens": tokens, "valid_loss": valid_loss, "perplexity": perplexity})
+        self.say(f"step {step}: validation loss {valid_loss:.4f}, perplexity {perplexity:.2f}")
+
+    def say(self, line: str) -> None:
+        (self.bar.console.print if self.bar else print)(line)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        self.metrics.write(json.dumps(json_ready({"step": step, **values})) + "\n")
+        if self.events:
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
+
+
+def describe_summary(summary: dict[str, Any], command: str = "subspan") -> str:
+    """The result of a run for people. `command` is what to type for subspan."""
+    config, sizes = summary["config"], summary["bytes"]
+    out, state = config["run"]["out"], sizes["basis"] + sizes["moments"]
+    folder = shlex.quote(out)
+    preset, name, lr = (
+        ("galore", "GaLore", 0.01) if config["optim"]["preset"] == "adamw" else ("adamw", "full-rank AdamW", 0.001)
+    )
+    change = f"--optim.preset {preset} --optim.lr {lr} --run.out {shlex.quote(f'{out}_{preset}')}"
+    if config["optim"]["projector"]:
+        change += " --optim.projector null"
+    start = "" if summary["first_loss"] is None else f"; the first step's loss was {summary['first_loss']:.4f}"
+    rows = [
+        ("validation loss", f"{summary['valid_loss']:.4f} nats per token{start}"),
+        ("perplexity", f"{summary['perplexity']:.2f}, as unsure as among that many equally likely pieces"),
+        ("trained on", f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s"),
+        ("optimizer state", f"{_mib(state)}; full-rank Adam in fp32 takes {_mib(sizes['adam_full_rank'])}"),
+        ("run folder", f"{out}: {', '.join(sorted(path.name for path in Path(out).expanduser().iterdir()))}"),
+        ("try next", f"{name}, to compare: {command} train --config {folder}/config.yaml {change}"),
+    ]
+    if config["run"]["export"]:
+        rows.insert(-1, ("evaluate", f"{command} eval {folder}"))
+    return "\n".join(f"  {name:<16} {value}" for name, value in rows)
+
+
+def new_run_folder(name: str) -> Path:
+    """The path of a run folder that can be made or is empty; ValueError otherwise. Nothing is made yet."""
+    out = Path(name).expanduser()
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"run folder {out} exists and is not empty: name another with --run.out, or remove it")
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"run folder {out} cannot be made, {parent} is a file: name another with --run.out")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"run folder {out} cannot be made, {parent} is not writable: name another with --run.out")
+    return out
+
+
+def json_ready(value: Any) -> Any:
+    """The same with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,418 @@
+"""The training loop, evaluation, and what a run leaves behind. `train` reads top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from subspan.extras import require
+from subspan.memory import count_memory, peak_memory
+from subspan.optim.groups import describe_groups, param_groups
+from subspan.optim.optimizer import Refresh
+from subspan.optim.presets import PRESETS
+from subspan.optim.projectors import SVD, Random, RandomizedSVD, SubspaceIteration
+from subspan.training import data as text
+from subspan.training.config import DataConfig, RunConfig, TrainConfig, save_config
+from subspan.training.models import LLAMA, build_model, model_config
+from subspan.training.runlog import RunLog, json_ready, new_run_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Batch = dict[str, Tensor]
+OptimizerFactory = Callable[[nn.Module, TrainConfig], Optimizer]
+
+MAX_SKIPPED = 10
+"""Steps in a row that may be skipped for a loss or gradient that is not finite before the run stops."""
+
+PROJECTORS = {"subspace_iteration": SubspaceIteration, "svd": SVD, "randomized_svd": RandomizedSVD, "random": Random}
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """The optimizer of `config.optim` over the parameter groups of `model`."""
+    optim = config.optim
+    groups = param_groups(
+        model,
+        rank=None if optim.preset == "adamw" else optim.rank,
+        targets=optim.targets,
+        scale=optim.scale,
+        update_proj_gap=optim.update_proj_gap,
+        proj_type=optim.proj_type,
+        dense_lr=optim.dense_lr,
+        verbose=False,
+    )
+    given: dict[str, Any] = {
+        "betas": tuple(optim.betas) if optim.betas else None,
+        "eps": optim.eps,
+        "projector": PROJECTORS[optim.projector]() if optim.projector else None,
+        "state_dtype": getattr(torch, optim.state_dtype) if optim.state_dtype else None,
+        "max_grad_norm": optim.max_grad_norm or None,
+    }
+    return PRESETS[optim.preset](
+        groups,
+        optim.lr,
+        weight_decay=optim.weight_decay,
+        refresh=Refresh(seed=config.run.seed),
+        **{key: value for key, value in given.items() if value is not None},
+    )
+
+
+def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimizer) -> dict[str, Any]:
+    """Train as `config` says, fill the run folder `config.run.out`, and return what its summary.json holds.
+
+    build_optimizer: what makes the optimizer. A benchmark gives its own and gets the same data, schedule and loop.
+
+    Raises ValueError (one line) for anything in `config` that does not fit the text, the model or the machine, before the
+    run folder exists; FloatingPointError when `MAX_SKIPPED` steps in a row are not finite.
+    """
+    run = config.run
+    out = new_run_folder(run.out)
+    device = find_device(run.device)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    torch.manual_seed(run.seed)
+
+    model_config(config.model.name, config.model.overrides)  # a wrong name should not have to wait for the text
+    corpus = load_data(config.data, tokenizer_name(config))
+    assert corpus.train is not None
+    micro_batch = run.micro_batch or run.batch_size
+    accumulation = run.batch_size // micro_batch
+    loader = text.make_loader(corpus.train, batch_size=micro_batch, seed=run.seed, num_workers=config.data.num_workers)
+    batches = iter(loader)  # endless
+    valid = corpus.valid_loader(micro_batch, run.eval_sequences)
+
+    model = build_model(
+        config.model.name,
+        vocab_size=len(corpus.tokenizer),
+        seq_len=config.data.seq_len,
+        pretrained=config.model.pretrained,
+        dtype=config.model.dtype,
+        overrides=config.model.overrides,
+        device=device,
+    )
+    model.train()
+    check_vocabulary(model, corpus.tokenizer)
+    if config.model.activation_checkpointing:
+        newer = getattr(model, "activation_checkpointing_enable", None)  # the older name is deprecated
+        (newer or model.gradient_checkpointing_enable)()
+
+    optimizer = build_optimizer(model, config)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    peak_lrs = [group["lr"] for group in optimizer.param_groups]
+
+    print(f"text   {corpus.description}")
+    print(f"model  {config.model.name}, {count_parameters(model):,} parameters, {config.model.dtype}, {device}\n")
+    print(f"{describe_groups(optimizer.param_groups)}\n")
+    print(f"memory, without activations\n{count_memory(model, optimizer)}\n", flush=True)
+
+    tokens = skipped = skipped_in_a_row = 0
+    first_loss: float | None = None
+    seconds = 0.0  # of training: evaluation is not counted
+    with RunLog(out, steps=run.steps, log_every=run.log_every) as log:
+        save_config(config, out / "config.yaml")
+        for step in range(1, run.steps + 1):
+            begin = time.perf_counter()
+            for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
+                group["lr"] = peak * lr_factor(step, run)
+
+            micro_batches = [next(batches) for _ in range(accumulation)]
+            counts = [trained_tokens(batch["labels"]) for batch in micro_batches]
+            loss = torch.zeros((), device=device)
+            for batch, count in zip(micro_batches, counts, strict=True):
+                if not count:
+                    continue  # the mean over no tokens is not a number
+                with torch.autocast(device.type, torch.bfloat16, enabled=run.autocast):
+                    mean = model(**_to(batch, device), use_cache=False).loss
+                part = mean * (count / sum(counts))  # so that the parts add up to the mean over the step's tokens
+                part.backward()
+                loss += part.detach()
+
+            # The only host sync of a step.
+            loss_value, norm_value = torch.stack([loss, gradient_norm(parameters)]).tolist()
+            finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+            if finite:
+                _clip(optimizer, parameters, norm_value, config.optim.max_grad_norm)
+                optimizer.step()
+            optimizer.zero_grad()
+
+            seconds += (duration := time.perf_counter() - begin)
+            tokens += sum(counts) if finite else 0
+            first_loss = loss_value if first_loss is None else first_loss
+            skipped += not finite
+            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            log.step(
+                step,
+                tokens=tokens,
+                loss=loss_value,
+                lr=optimizer.param_groups[0]["lr"],
+                grad_norm=norm_value,
+                tokens_per_second=sum(counts) / duration,
+                peak_memory_bytes=peak_memory(device),
+                seconds=seconds,
+                skipped=skipped,
+            )
+            if not finite:
+                log.say(f"step {step}: loss {loss_value:g}, gradient norm {norm_value:g}: skipped, nothing was updated")
+            if skipped_in_a_row == MAX_SKIPPED:
+                raise FloatingPointError(
+                    f"loss or gradient was not finite for {MAX_SKIPPED} steps in a row, up to step {step}: "
+                    "lower --optim.lr, set --optim.max_grad_norm 1.0, or use --model.dtype float32"
+                )
+            if step == 1 and config.optim.preset != "adamw" and sum(counts) < config.optim.rank:
+                log.say(
+                    f"warning: a step trains on {sum(counts)} tokens, fewer than optim.rank={config.optim.rank}: its gradient "
+                    "cannot fill the subspace, raise --run.batch_size or lower --optim.rank"
+                )
+            if step == run.steps or (run.eval_every and step % run.eval_every == 0):
+                result = evaluate(model, valid, autocast=run.autocast)
+                log.evaluation(step, tokens=tokens, valid_loss=result.loss, perplexity=result.perplexity)
+
+    summary = {
+        "valid_loss": result.loss,
+        "perplexity": result.perplexity,
+        "valid_tokens": result.tokens,
+        "first_loss": first_loss,
+        "steps": run.steps,
+        "skipped_steps": skipped,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "refresh_seconds": getattr(optimizer, "refresh_seconds", None),
+        "parameters": count_parameters(model),
+        "bytes": dataclasses.asdict(count_memory(model, optimizer)),
+        "peak_memory_bytes": peak_memory(device),
+        "device": describe_device(device),
+        "corpus": {"sha256": corpus.sha256, "description": corpus.description},
+        "versions": versions(),
+        "config": dataclasses.asdict(config),
+    }
+    if run.export:
+        _export(model, corpus.tokenizer, out / "model")
+    (out / "summary.json").write_text(json.dumps(json_ready(summary), indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Mean loss in nats over `tokens` tokens, or as `paper_compatible` defines it."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: Iterable[Batch], *, paper_compatible: bool = False, autocast: bool = False
+) -> EvalResult:
+    """Loss of a causal LM over `loader`: every token weighs the same, logits are cast to fp32 first.
+
+    paper_compatible: the published number instead, the sum of N batch means over N + 1 (jiaweizzhao/GaLore counts batches
+    from 1). It is lower than the loss by a factor N / (N + 1), so it depends on the batch size.
+    autocast: bfloat16 arithmetic in the model, as in a run with run.autocast.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    sums: list[Tensor] = []
+    counts: list[int] = []
+    for batch in loader:
+        inputs = _to(batch, device)
+        labels = inputs.pop("labels")[:, 1:]
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+        sums.append(nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum"))
+        counts.append(trained_tokens(batch["labels"]))
+    model.train(training)
+    if not sum(counts):
+        raise ValueError("the validation text has no token to predict: give more text with --data.valid_files")
+    losses = torch.stack(sums).tolist()  # one host sync for all batches
+    if paper_compatible:
+        means = [loss / count for loss, count in zip(losses, counts, strict=True) if count]
+        return EvalResult(sum(means) / (len(means) + 1), sum(counts))
+    return EvalResult(sum(losses) / sum(counts), sum(counts))
+
+
+def trained_tokens(labels: Tensor) -> int:
+    """Tokens that a causal LM's loss counts in labels (B, L): not those labelled -100, nor the first, which nothing predicts."""
+    return int((labels[:, 1:] != -100).sum())
+
+
+# ------------------------------------------------------------------------------------- data, optimizer, schedule
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a run reads: sequences to train on (None where only `valid` was asked for) and to validate on."""
+
+    train: Dataset[Batch] | None
+    valid: Dataset[Batch]
+    tokenizer: PreTrainedTokenizerBase
+    description: str
+    sha256: str | None
+
+    def valid_loader(self, batch_size: int, max_sequences: int | None) -> Iterable[Batch]:
+        return text.eval_loader(self.valid, batch_size=batch_size, max_sequences=max_sequences)
+
+
+def load_data(data: DataConfig, tokenizer_name: str | None, *, training: bool = True) -> Text:
+    """Text, tokenizer and sequences as `data` says. ValueError for text that cannot be read or is too short."""
+    load = _load_stream if data.dataset else _load_chat if data.format == "chat" else _load_files
+    return load(data, tokenizer_name, Path(data.cache_dir).expanduser(), training)
+
+
+def _load_files(data: DataConfig, tokenizer_name: str | None, cache: Path, training: bool) -> Text:
+    corpus = text.load_corpus(
+        data.file_list,
+        valid_files=data.valid_file_list,
+        text_key=data.text_key,
+        document_separator=data.document_separator,
+        valid_fraction=data.valid_fraction,
+    )
+    tokenizer = text.get_tokenizer(tokenizer_name, vocab_size=data.vocab_size, corpus=corpus, cache_dir=cache)
+
+    def pack(documents: list[str], key: str) -> Dataset[Batch]:
+        tokens = text.tokenize(documents, tokenizer, cache_dir=cache, key=key)
+        apart = data.keep_documents_apart
+        return text.PackedDataset(tokens, data.seq_len, eos_token_id=tokenizer.eos_token_id, keep_documents_apart=apart)
+
+    valid = pack(corpus.valid, "valid")
+    return Text(pack(corpus.train, "train") if training else None, valid, tokenizer, corpus.description, corpus.sha256)
+
+
+def _load_chat(data: DataConfig, tokenizer_name: str | None, cache: Path, training: bool) -> Text:
+    assert data.file_list is not None
+    rows = text.load_chat(data.file_list, valid_files=data.valid_file_list, valid_fraction=data.valid_fraction)
+    if tokenizer_name is None:
+        raise ValueError("data.format='chat' needs the tokenizer of a chat model: name one with --data.tokenizer")
+    tokenizer = text.get_tokenizer(tokenizer_name, vocab_size=data.vocab_size, corpus=None, cache_dir=cache)
+    train = text.ChatDataset(rows[0], tokenizer, data.seq_len) if training else None
+    valid = text.ChatDataset(rows[1], tokenizer, data.seq_len)
+    sha256 = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+    return Text(train, valid, tokenizer, f"{len(rows[0]):,} conversations, {len(rows[1]):,} to validate on", sha256)
+
+
+def _load_stream(data: DataConfig, tokenizer_name: str | None, cache: Path, training: bool) -> Text:
+    name = data.dataset or ""
+    tokenizer = text.get_tokenizer(tokenizer_name, vocab_size=data.vocab_size, corpus=None, cache_dir=cache)
+
+    def stream(split: str, repeat: bool) -> Dataset[Batch]:
+        return text.StreamDataset(
+            name,
+            tokenizer,
+            data.seq_len,
+            config=data.dataset_config,
+            split=split,
+            text_key=data.text_key,
+            keep_documents_apart=data.keep_documents_apart,
+            repeat=repeat,
+        )
+
+    train = stream(data.split, True) if training else None
+    description = f"{' '.join(filter(None, (name, data.dataset_config)))}, streamed"
+    return Text(train, stream(data.valid_split, False), tokenizer, description, None)
+
+
+def tokenizer_name(config: TrainConfig) -> str | None:
+    """The tokenizer of a run: the one named, else a Hugging Face model's own, else None: made from the text."""
+    return config.data.tokenizer or (None if config.model.name in LLAMA else config.model.name)
+
+
+def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError unless every piece that text can hold has an embedding: special tokens such as T5's sentinels need none."""
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    unused = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} - used
+    pieces = 1 + max(index for index in tokenizer.get_vocab().values() if index not in unused)
+    if pieces > rows:
+        raise ValueError(
+            f"the tokenizer has {pieces} pieces and the model {rows} embeddings: use the model's own tokenizer or set "
+            f"--model.overrides.vocab_size {pieces}"
+        )
+
+
+def lr_factor(step: int, run: RunConfig) -> float:
+    """Share of the peak lr at `step`, 1 to run.steps: linear to 1 at warmup_steps, then cosine to min_lr_ratio at the last."""
+    if step <= run.warmup_steps:
+        return step / run.warmup_steps
+    progress = (step - run.warmup_steps) / (run.steps - run.warmup_steps)
+    return run.min_lr_ratio + (1 - run.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, 0-d fp32."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms or [torch.zeros((), device=parameters[0].device)]))
+    return total
+
+
+def find_device(name: str) -> torch.device:
+    """The device `name`; auto is cuda where there is one, else cpu. ValueError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"run.device={name!r} cannot be used ({reason}): use auto or cpu") from None
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def _clip(optimizer: Optimizer, parameters: Sequence[Tensor], norm: float, max_norm: float | None) -> None:
+    """Clip for optimizers that do not clip themselves, as ours do."""
+    if max_norm and not hasattr(optimizer, "max_grad_norm") and norm > max_norm:
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.mul_(max_norm / (norm + 1e-6))
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write what AutoModelForCausalLM and AutoTokenizer load, safetensors; generation then ends where the text did."""
+    if model.config.eos_token_id is None:
+        for config in (model.config, model.generation_config):
+            config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def versions() -> dict[str, str]:
+    """Of Python, torch and transformers."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": require("transformers", "train").__version__,
+    }

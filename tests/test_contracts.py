@@ -1,0 +1,104 @@
+"""Contracts of every combination: rules x projectors x state dtypes x weights. A new row inherits them all."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import subspan
+from subspan.optim.projectors import effective_rank, orient, pick_side
+
+RULES = {
+    "adam": subspan.Adam(),
+    "adam reference": subspan.Adam(eps=1e-6, uncorrected_eps=True),
+    "adafactor": subspan.Adafactor(),
+    "lion": subspan.Lion(),
+    "sgd": subspan.SGDMomentum(),
+    "sgd nesterov": subspan.SGDMomentum(nesterov=True),
+}
+PROJECTORS = {
+    "svd": subspan.SVD(),
+    "randomized_svd": subspan.RandomizedSVD(),
+    "subspace_iteration": subspan.SubspaceIteration(),
+    "random": subspan.Random(),
+}
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "as weight": None}
+WEIGHTS = {
+    "wide": ((6, 10), torch.float32),
+    "tall bf16": ((10, 6), torch.bfloat16),
+    "square": ((6, 6), torch.float32),
+    "row": ((1, 9), torch.float32),
+    "column bf16": ((9, 1), torch.bfloat16),
+    "fp64": ((5, 7), torch.float64),
+}
+CASES = list(itertools.product(RULES, PROJECTORS, STATE_DTYPES))
+
+
+def build(rule, projector, state_dtype, shape, dtype):
+    p = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+    optimizer = subspan.ProjectedOptimizer(
+        [{"params": [p], "rank": 4, "update_proj_gap": 3}],
+        0.05,
+        rule=RULES[rule],
+        projector=PROJECTORS[projector],
+        state_dtype=STATE_DTYPES[state_dtype],
+    )
+    return p, optimizer
+
+
+def gradients(shape, dtype, count):
+    """Ordinary ones, and those that break naive code: zero, rank one, a single element."""
+    generator = torch.Generator().manual_seed(2)
+    for i in range(count):
+        G = torch.randn(shape, generator=generator)
+        if i % 4 == 1:
+            G = torch.zeros(shape)
+        elif i % 4 == 2:
+            G = G[:, :1] * G[:1]
+        elif i % 4 == 3:
+            G = torch.zeros(shape)
+            G[-1, 0] = 3.0
+        yield G.to(dtype)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize(("rule", "projector", "state_dtype"), CASES)
+def test_contract(rule, projector, state_dtype, weight):
+    shape, dtype = WEIGHTS[weight]
+    p, optimizer = build(rule, projector, state_dtype, shape, dtype)
+    rank = effective_rank(4, shape)
+    d, k = orient(p, pick_side(shape)).shape
+    state = optimizer.state[p]
+    layout = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
+    moments = {key: value for key, value in layout.items() if key not in ("step", "refreshes", "basis")}
+    assert layout["basis"] == ((d, rank), dtype)
+    assert all(dtype_ == (STATE_DTYPES[state_dtype] or dtype) for _, dtype_ in moments.values())
+    assert all(shape_ in ((rank, k), (rank,), (k,)) for shape_, _ in moments.values())
+
+    start, previous = p.detach().clone(), p.detach().clone()
+    for step, G in enumerate(gradients(shape, dtype, 8)):
+        p.grad = G.clone()
+        optimizer.step()
+        assert p.grad.equal(G)
+        assert p.isfinite().all()
+        assert {key: (tuple(v.shape), v.dtype) for key, v in state.items()} == layout
+        assert all(value.isfinite().all() for value in state.values())
+        Q = state["basis"].double()
+        tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
+        assert (Q.mT @ Q - torch.eye(rank)).abs().max() < tolerance
+        assert state["step"].item() == step + 1
+        previous = p.detach().clone()
+    assert not p.equal(start)
+
+    # saved, loaded into a fresh optimizer, and continued: bit for bit
+    twin, other = build(rule, projector, state_dtype, shape, dtype)
+    twin.data.copy_(previous)
+    other.load_state_dict(optimizer.state_dict())
+    for G in gradients(shape, dtype, 5):
+        for parameter, o in ((p, optimizer), (twin, other)):
+            parameter.grad = G.clone()
+            o.step()
+    assert p.equal(twin)

@@ -1,0 +1,90 @@
+"""Who may import whom: read from the source, so that the tree keeps its promise."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1] / "subspan"
+
+LAYERS = {
+    "extras": 0,
+    "optim.projectors": 1,
+    "optim.rules": 1,
+    "optim.groups": 2,
+    "optim.optimizer": 2,
+    "optim.presets": 2,
+    "memory": 3,
+    "training.config": 3,
+    "training.corpus": 3,
+    "training.data": 3,
+    "training.models": 3,
+    "training.runlog": 3,
+    "training.trainer": 4,
+    "cli": 5,
+    "compat": 5,
+}
+# Presets are the optimizer with a rule; data.py and corpus.py are one module cut in two for length.
+SIBLINGS = {
+    ("optim.presets", "optim.optimizer"),
+    ("training.data", "training.corpus"),
+    ("training.runlog", "training.config"),
+}
+TORCH_ALONE = {
+    "optim.projectors",
+    "optim.rules",
+    "optim.groups",
+    "optim.optimizer",
+    "optim.presets",
+    "memory",
+    "compat",
+}
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if not name.endswith(("__init__", "__main__")):
+            yield name, ast.parse(path.read_text())
+
+
+def imports(tree):
+    """Absolute names of everything imported anywhere in a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the layer"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_has_a_layer():
+    assert {name for name, _ in modules()} == set(LAYERS)
+
+
+def test_arrows_point_down():
+    for name, tree in modules():
+        for imported in imports(tree):
+            other = imported.removeprefix("subspan.")
+            if imported.startswith("subspan.") and other in LAYERS and other != name:
+                allowed = LAYERS[other] < LAYERS[name] or (name, other) in SIBLINGS
+                assert allowed, f"{name} imports {other}"
+
+
+def test_the_library_needs_torch_alone():
+    for name, tree in modules():
+        if name in TORCH_ALONE:
+            tops = {imported.partition(".")[0] for imported in imports(tree)}
+            assert tops <= sys.stdlib_module_names | {"torch", "subspan"}, name
+
+
+def test_import_subspan_loads_nothing_but_torch():
+    code = (
+        "import torch, sys; before = set(sys.modules); import subspan; "
+        "print({m.partition('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() in ("{'subspan'}", "{'subspan', 'torch'}", "{'torch', 'subspan'}")

@@ -1,0 +1,65 @@
+"""Bytes are counted from the tensors, and agree with the paper's formula."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import subspan
+from subspan.memory import count_memory, peak_memory
+
+
+def blocks(*shapes, device="cpu", dtype=torch.float32):
+    """A model of numbered blocks, each one linear layer without bias, (m, n) its weight."""
+    return nn.ModuleList([nn.Linear(n, m, bias=False, device=device, dtype=dtype) for m, n in shapes])
+
+
+def test_galore_state_is_m_r_plus_2_n_r():
+    """Table 1 of arXiv 2403.03507: m <= n, basis m r, moments 2 n r."""
+    model = nn.Module()
+    model.layers = blocks((16, 40), (40, 16), (24, 24))
+    optimizer = subspan.GaLoreAdamW(subspan.param_groups(model, rank=8, verbose=False))
+    table = count_memory(model, optimizer)
+    weights = 16 * 40 * 2 + 24 * 24
+    counters = 3 * 2 * 4  # step and refreshes of each parameter
+    assert table.weights == table.gradients == 4 * weights
+    assert table.basis == 4 * 8 * (16 + 16 + 24)
+    assert table.moments == 4 * 2 * 8 * (40 + 40 + 24) + counters
+    assert table.adam_full_rank == 8 * weights
+    assert table.optimizer == table.basis + table.moments
+    assert dict(table.rows())["total"] == 2 * table.weights + table.optimizer
+
+
+def test_a_large_model_is_counted_on_the_meta_device():
+    """4096 x 11008 at r=1024: 4.2 M of basis and 22.5 M of moments, nothing allocated."""
+    model = nn.Module()
+    model.layers = blocks((4096, 11008), device="meta", dtype=torch.bfloat16)
+    groups = subspan.param_groups(model, rank=1024, verbose=False)
+    table = count_memory(model, subspan.GaLoreAdamW(groups))
+    assert table.weights == 2 * 4096 * 11008
+    assert table.basis == 2 * 4096 * 1024
+    assert table.moments == 4 * 2 * 1024 * 11008 + 8
+
+
+def test_frozen_weights_have_no_gradient():
+    model = nn.Module()
+    model.layers = blocks((16, 40), (40, 16))
+    model.layers[0].requires_grad_(False)
+    table = count_memory(model, subspan.GaLoreAdamW(subspan.param_groups(model, rank=8, verbose=False)))
+    assert table.gradients == table.weights // 2
+
+
+def test_the_table_names_its_columns():
+    model = nn.Module()
+    model.layers = blocks((1024, 1024))
+    text = str(count_memory(model, subspan.GaLoreAdamW(subspan.param_groups(model, rank=256, verbose=False))))
+    assert "weights                 0.0039 GiB" in text
+    assert "optimizer: basis        0.0010 GiB" in text
+    assert "38% of full-rank Adam's in fp32 (0.0078 GiB)" in text  # (256 + 2 x 256) / (2 x 1024)
+
+
+def test_peak_memory_grows_with_an_allocation():
+    before = peak_memory()
+    block = torch.ones(64 * 2**20)  # 256 MiB
+    assert peak_memory() - before > 200 * 2**20
+    del block

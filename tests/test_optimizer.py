@@ -1,0 +1,450 @@
+"""ProjectedOptimizer: reduction theorems, refreshes, state, clipping, bad input."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+import subspan
+from subspan.optim.projectors import captured_energy, orient, random_basis
+from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
+
+
+def group(*params, **settings):
+    return {"params": list(params), "rank": 4, "update_proj_gap": 3, "scale": 1.0, **settings}
+
+
+def feed(optimizer, params, steps, seed=0):
+    """Steps with seeded gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+@dataclasses.dataclass(frozen=True)
+class Coordinates:
+    """The first r coordinates: at full rank, the identity."""
+
+    def basis(self, G, side, rank, previous, seed):
+        return torch.eye(orient(G, side).shape[-2], rank).expand(*G.shape[:-2], -1, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """A random orthonormal basis, fixed."""
+
+    def basis(self, G, side, rank, previous, seed):
+        return random_basis((*G.shape[:-2], orient(G, side).shape[-2], rank), seed=5)
+
+
+RULES = {"adam": Adam(), "adafactor": Adafactor(), "lion": Lion(), "sgd": SGDMomentum(), "identity": SGDMomentum(0.0)}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6)])
+def test_full_rank_with_the_identity_as_basis_is_the_dense_step(rule, shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    a, b = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    kwargs = {"lr": 0.01, "rule": RULES[rule], "weight_decay": 0.1}
+    projected = subspan.ProjectedOptimizer([group(a, rank=100)], projector=Coordinates(), **kwargs)
+    dense = subspan.ProjectedOptimizer([b], **kwargs)
+    for steps in (1, 6):
+        feed(projected, [a], steps, seed=steps)
+        feed(dense, [b], steps, seed=steps)
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "identity"])
+@pytest.mark.parametrize("projector", [Rotation(), subspan.SVD(), subspan.SubspaceIteration(), subspan.Random()])
+def test_at_full_rank_a_linear_rule_does_not_see_the_basis(rule, projector):
+    """Q Q^T = I: with any orthonormal basis of full rank, plain SGD is plain SGD (arXiv 2403.03507, section 3)."""
+    torch.manual_seed(0)
+    start = torch.randn(6, 9)
+    a, b = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    # a single refresh: momentum lives in one basis
+    projected = subspan.ProjectedOptimizer(
+        [group(a, rank=6, update_proj_gap=100)], 0.1, rule=RULES[rule], projector=projector
+    )
+    dense = subspan.ProjectedOptimizer([b], 0.1, rule=RULES[rule])
+    feed(projected, [a], 5)
+    feed(dense, [b], 5)
+    torch.testing.assert_close(a, b)
+
+
+def test_one_step_by_hand():
+    """W <- (1 - lr decay) W - lr scale Q rule(Q^T G), with SGD: W - lr scale Q Q^T G."""
+    torch.manual_seed(0)
+    W, G = torch.randn(5, 9), torch.randn(5, 9)
+    p = nn.Parameter(W.clone())
+    optimizer = subspan.ProjectedOptimizer(
+        [group(p, rank=2, scale=0.25)], 0.1, rule=SGDMomentum(0.0), projector=subspan.SVD(), weight_decay=0.5
+    )
+    p.grad = G.clone()
+    optimizer.step()
+    U = torch.linalg.svd(G)[0][:, :2]
+    torch.testing.assert_close(p.detach(), (1 - 0.1 * 0.5) * W - 0.1 * 0.25 * U @ (U.T @ G))
+    assert p.grad.equal(G)  # the gradient is still the gradient
+
+
+def test_the_update_stays_in_the_subspace():
+    torch.manual_seed(0)
+    start = torch.randn(12, 30)
+    p = nn.Parameter(start.clone())
+    optimizer = subspan.GaLoreAdamW([group(p, rank=3, update_proj_gap=100)], lr=0.1)
+    feed(optimizer, [p], 4)
+    assert captured_energy(p.detach() - start, optimizer.state[p]["basis"]).item() == pytest.approx(1, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- refresh
+
+
+class Counting:
+    """Counts refreshes and hands out what the real projector finds."""
+
+    def __init__(self):
+        self.calls = []
+
+    def basis(self, G, side, rank, previous, seed):
+        self.calls.append((tuple(G.shape), previous is None, seed))
+        return subspan.SubspaceIteration().basis(G, side, rank, previous, seed)
+
+
+def test_refresh_at_step_zero_and_every_gap():
+    p, projector = nn.Parameter(torch.randn(6, 8)), Counting()
+    optimizer = subspan.ProjectedOptimizer([group(p, update_proj_gap=3)], projector=projector)
+    seen = []
+    for seed in range(8):
+        feed(optimizer, [p], 1, seed)
+        seen.append(len(projector.calls))
+    assert seen == [1, 1, 1, 2, 2, 2, 3, 3]
+    assert [cold for _, cold, _ in projector.calls] == [True, False, False]  # warm after the first
+    assert optimizer.state[p]["refreshes"].item() == 3
+
+
+def test_basis_changes_only_at_a_refresh():
+    p = nn.Parameter(torch.randn(6, 8))
+    optimizer = subspan.GaLoreAdamW([group(p, update_proj_gap=2)])
+    bases = []
+    for seed in range(4):
+        feed(optimizer, [p], 1, seed)
+        bases.append(optimizer.state[p]["basis"].clone())
+    assert bases[0].equal(bases[1])
+    assert bases[2].equal(bases[3])
+    assert not bases[1].equal(bases[2])
+
+
+def test_a_first_gradient_of_zero_defers_the_first_refresh():
+    p, projector = nn.Parameter(torch.randn(6, 8)), Counting()
+    optimizer = subspan.ProjectedOptimizer([group(p, update_proj_gap=100)], projector=projector)
+    p.grad = torch.zeros(6, 8)
+    optimizer.step()
+    assert projector.calls == []
+    feed(optimizer, [p], 3)
+    assert [cold for _, cold, _ in projector.calls] == [True]
+
+
+def test_random_first_basis_and_staggered_refreshes():
+    params = [nn.Parameter(torch.randn(6, 8)) for _ in range(4)]
+    refresh = subspan.Refresh(first="random", stagger=8, seed=3)
+    optimizer = subspan.ProjectedOptimizer([group(*params, update_proj_gap=8)], refresh=refresh)
+    bases = [optimizer.state[p]["basis"].clone() for p in params]
+    for Q in bases:
+        torch.testing.assert_close(Q.T @ Q, torch.eye(4), atol=1e-5, rtol=0)
+    assert not bases[0].equal(bases[1])
+    twin = subspan.ProjectedOptimizer([group(*params, update_proj_gap=8)], refresh=refresh)
+    assert all(twin.state[p]["basis"].equal(Q) for p, Q in zip(params, bases, strict=True))
+    history = []
+    for seed in range(10):
+        feed(optimizer, params, 1, seed)
+        history.append([int(optimizer.state[p]["refreshes"]) for p in params])
+    assert history[0] == [1, 0, 0, 0]  # parameter i of 4 first at step 2 i
+    assert history[2] == [1, 1, 0, 0]
+    assert history[7] == [1, 1, 1, 1]
+    assert history[8] == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_non_finite_gradients_reach_neither_basis_nor_moments_nor_weights(bad, max_grad_norm):
+    torch.manual_seed(0)
+    p, bias = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(8))
+    optimizer = subspan.GaLoreAdamW([group(p, update_proj_gap=2), {"params": [bias]}], max_grad_norm=max_grad_norm)
+    for step in range(6):  # bad gradients on refresh steps and between
+        p.grad, bias.grad = torch.randn(6, 8), torch.randn(8)
+        if step in (0, 2, 3):
+            p.grad[1, 2] = bad
+            bias.grad[0] = bad
+        optimizer.step()
+        assert optimizer.grad_norm.isfinite().item() == (step not in (0, 2, 3))
+        for parameter in (p, bias):
+            assert parameter.isfinite().all()
+            assert all(value.isfinite().all() for value in optimizer.state[parameter].values())
+
+
+# ---------------------------------------------------------------------------------------------- norm and clipping
+
+
+def test_grad_norm_is_that_of_the_low_rank_gradient():
+    torch.manual_seed(0)
+    p, bias = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(8))
+    optimizer = subspan.GaLoreAdamW([group(p), {"params": [bias]}])
+    p.grad, bias.grad = torch.randn(6, 8), torch.randn(8)
+    optimizer.step()
+    R = optimizer.state[p]["basis"].T @ p.grad
+    torch.testing.assert_close(optimizer.grad_norm, (R.square().sum() + bias.grad.square().sum()).sqrt())
+
+
+def test_clipping_scales_projected_and_dense_gradients_alike():
+    """With SGD a clipped step is the unclipped one times max_grad_norm / norm."""
+    torch.manual_seed(0)
+    starts = torch.randn(6, 8), torch.randn(8)
+    moves = []
+    for max_grad_norm in (None, 0.5, 1e6):
+        p, bias = (nn.Parameter(start.clone()) for start in starts)
+        groups = [group(p), {"params": [bias]}]
+        optimizer = subspan.ProjectedOptimizer(groups, 1.0, rule=SGDMomentum(0.0), max_grad_norm=max_grad_norm)
+        feed(optimizer, [p, bias], 1)
+        moves.append(torch.cat([(p - starts[0]).flatten(), bias - starts[1]]).detach())
+    free, clipped, loose = moves
+    torch.testing.assert_close(clipped, free * 0.5 / optimizer.grad_norm, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loose, free)
+
+
+# ------------------------------------------------------------------------------------------------------- state
+
+
+def two_optimizers(dtype=torch.bfloat16, **kwargs):
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 6)).to(dtype)
+        groups = [group(model[0].weight, model[1].weight), {"params": [model[0].bias, model[1].bias]}]
+        made.append((model, subspan.GaLoreAdamW(groups, lr=0.01, **kwargs)))
+    return made
+
+
+def load_plain(source, target, path):
+    torch.save(source[1].state_dict(), path)
+    target[1].load_state_dict(torch.load(path, weights_only=True))
+
+
+def load_distributed(source, target, path):
+    torch.save(get_optimizer_state_dict(*source), path)
+    set_optimizer_state_dict(*target, torch.load(path, weights_only=True))
+
+
+@pytest.mark.parametrize("load", [load_plain, load_distributed])
+@pytest.mark.parametrize("state_dtype", [torch.float32, None])
+def test_a_resumed_optimizer_continues_bit_for_bit(load, state_dtype, tmp_path):
+    """fp32 moments of bf16 weights too: torch alone would cast them to bf16."""
+    source, target = two_optimizers(state_dtype=state_dtype)
+    feed(source[1], list(source[0].parameters()), 5)
+    target[0].load_state_dict(source[0].state_dict())
+    load(source, target, tmp_path / "optimizer.pt")
+    for a, b in zip(source[0].parameters(), target[0].parameters(), strict=True):
+        for key, value in source[1].state[a].items():
+            other = target[1].state[b][key]
+            assert value.dtype == other.dtype
+            assert value.equal(other)
+            assert value.data_ptr() != other.data_ptr()
+    for model, optimizer in (source, target):
+        feed(optimizer, list(model.parameters()), 5, seed=9)
+    for a, b in zip(source[0].parameters(), target[0].parameters(), strict=True):
+        assert a.equal(b)
+
+
+def test_state_exists_from_construction_and_its_keys_never_change():
+    (model, optimizer), _ = two_optimizers()
+    before = {p: set(state) for p, state in optimizer.state.items()}
+    assert len(before) == 4
+    assert all(isinstance(v, torch.Tensor) for state in optimizer.state.values() for v in state.values())
+    feed(optimizer, list(model.parameters()), 4)
+    assert {p: set(state) for p, state in optimizer.state.items()} == before
+
+
+def test_state_can_be_planned_on_the_meta_device():
+    p = nn.Parameter(torch.empty(64, 32, device="meta"))
+    for first in ("gradient", "random"):
+        optimizer = subspan.GaLoreAdamW([group(p, rank=8)], refresh=subspan.Refresh(first=first))
+        shapes = {key: tuple(value.shape) for key, value in optimizer.state[p].items()}
+        assert shapes == {"step": (), "refreshes": (), "basis": (32, 8), "exp_avg": (8, 64), "exp_avg_sq": (8, 64)}
+
+
+def test_a_state_dict_of_another_rank_is_refused_and_loads_nothing():
+    (model, optimizer), _ = two_optimizers()
+    other = subspan.GaLoreAdamW(
+        [group(model[0].weight, model[1].weight, rank=2), {"params": [model[0].bias, model[1].bias]}]
+    )
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="same rank"):
+        other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="has 4 parameters, the optimizer 1"):
+        subspan.GaLoreAdamW([group(model[0].weight)]).load_state_dict(optimizer.state_dict())
+    assert str(before) == str(other.state_dict())
+
+
+def test_a_deep_copy_steps_like_the_original():
+    model = nn.Linear(8, 6)
+    optimizer = subspan.GaLoreAdamW([group(model.weight), {"params": [model.bias]}])
+    feed(optimizer, list(model.parameters()), 2)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (twin_model, twin)):
+        feed(o, list(m.parameters()), 4, seed=3)
+    assert model.weight.equal(twin_model.weight)
+    assert twin.param_groups[0]["params"][0] is twin_model.weight
+
+
+def test_torch_schedulers_work():
+    model = nn.Linear(8, 6)
+    optimizer = subspan.GaLoreAdamW([group(model.weight, lr=0.1), {"params": [model.bias]}], lr=0.2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    feed(optimizer, list(model.parameters()), 1)
+    scheduler.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.05, 0.1]
+
+
+def test_a_parameter_without_gradient_is_left_alone():
+    p, q = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(6, 8))
+    optimizer = subspan.GaLoreAdamW([group(p, q)], weight_decay=0.1)
+    before = q.detach().clone()
+    feed(optimizer, [p], 3)
+    assert q.equal(before)
+    assert optimizer.state[q]["step"].item() == 0
+    assert optimizer.state[p]["step"].item() == 3
+
+
+def test_a_normal_step_never_asks_the_device(monkeypatch):
+    """No host sync outside refreshes: every way to read a tensor's value from Python is forbidden."""
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 6))
+    weights, biases = [m.weight for m in model], [m.bias for m in model]
+    for rule in RULES.values():
+        optimizer = subspan.ProjectedOptimizer([group(*weights), {"params": biases}], rule=rule, max_grad_norm=1.0)
+        feed(optimizer, weights + biases, 1)
+
+        def forbidden(self, *args, **kwargs):
+            raise AssertionError("host sync")
+
+        with monkeypatch.context() as patch:
+            for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+                patch.setattr(torch.Tensor, name, forbidden)
+            feed(optimizer, weights + biases, 2)  # steps 1 and 2 of a gap of 3
+            with pytest.raises(AssertionError, match="host sync"):
+                feed(optimizer, weights + biases, 1)  # the refresh may: so the test can fail
+
+
+# ------------------------------------------------------------------------------------------- more than two dimensions
+
+
+def test_a_convolution_is_projected_as_a_matrix():
+    torch.manual_seed(0)
+    conv = nn.Parameter(torch.randn(6, 4, 3, 3))
+    flat = nn.Parameter(conv.detach().clone().view(6, 36))
+    a = subspan.GaLoreAdamW([group(conv, view="conv")], lr=0.1)
+    b = subspan.GaLoreAdamW([group(flat)], lr=0.1)
+    for _ in range(4):
+        conv.grad = torch.randn(6, 4, 3, 3)
+        flat.grad = conv.grad.view(6, 36).clone()
+        a.step()
+        b.step()
+    assert conv.view(6, 36).equal(flat)
+
+
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std"])
+def test_stacked_experts_are_projected_one_by_one(proj_type):
+    torch.manual_seed(0)
+    stacked = nn.Parameter(torch.randn(3, 6, 10))
+    single = [nn.Parameter(w.clone()) for w in stacked.detach()]
+    settings = {"proj_type": proj_type, "update_proj_gap": 2}
+    a = subspan.GaLoreAdamW([group(stacked, view="batch", **settings)], lr=0.1, projector=subspan.SVD())
+    b = subspan.GaLoreAdamW([group(*single, **settings)], lr=0.1, projector=subspan.SVD())
+    for _ in range(5):
+        stacked.grad = torch.randn(3, 6, 10)
+        for p, g in zip(single, stacked.grad, strict=True):
+            p.grad = g.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(stacked.detach(), torch.stack([p.detach() for p in single]))
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "message"),
+    [
+        ((6, 8), {"rank": 0}, "rank=0"),
+        ((6, 8), {"rank": "128"}, "rank='128'"),
+        ((6, 8), {"rank": True}, "rank=True"),
+        ((6, 8), {"update_proj_gap": 0}, "update_proj_gap=0"),
+        ((6, 8), {"proj_type": "full"}, "use proj_type='std'"),
+        ((6, 8), {"proj_type": "both"}, "proj_type='both' is unknown"),
+        ((6, 8), {"scale": "big"}, "scale='big'"),
+        ((6, 8), {"lr": -1.0}, "lr=-1.0"),
+        ((6, 8), {"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ((6, 8), {"betas": (0.9, 0.99)}, "betas in a parameter group"),
+        ((6, 8), {"view": "rows"}, "view='rows'"),
+        ((6, 8), {"view": "batch"}, "drop view='batch'"),
+        ((8,), {}, "put it in a group without rank"),
+        ((2, 6, 8), {}, "view='conv'"),
+        ((0, 8), {}, "is empty"),
+    ],
+)
+def test_a_bad_group_is_refused(shape, settings, message):
+    p = nn.Parameter(torch.randn(shape))
+    with pytest.raises(ValueError, match=message) as error:
+        subspan.GaLoreAdamW([group(p, **settings)])
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_group_added_later_leaves_the_optimizer_as_it_was():
+    p, q = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(8))
+    optimizer = subspan.GaLoreAdamW([group(p)])
+    with pytest.raises(ValueError, match="group without rank"):
+        optimizer.add_param_group(group(q))
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [q]})
+    feed(optimizer, [p, q], 2)
+    assert optimizer.state[q]["step"].item() == 2
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
+        ({"state_dtype": torch.int8}, "state_dtype=torch.int8"),
+        ({"basis_dtype": torch.int8}, "basis_dtype=torch.int8"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"lr": float("nan")}, "lr=nan"),
+    ],
+)
+def test_bad_arguments_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        subspan.GaLoreAdamW([nn.Parameter(torch.randn(6, 8))], **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"first": "zero"}, "first='zero'"),
+        ({"stagger": 5}, "first='random'"),
+        ({"first": "random", "stagger": 0}, "stagger=0"),
+    ],
+)
+def test_bad_refresh_is_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        subspan.Refresh(**kwargs)
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(10, 4, sparse=True)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="sparse=False"):
+        subspan.GaLoreAdamW(embedding.parameters()).step()

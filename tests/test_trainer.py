@@ -1,0 +1,344 @@
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import SIZES, tiny_config, write_text
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from subspan.training import trainer
+from subspan.training.config import TrainConfig, load_config
+from subspan.training.trainer import build_optimizer, evaluate, lr_factor, train
+
+PRESETS = {  # a learning rate at which 20 steps of each learn something
+    "galore": 0.02,
+    "paper": 0.02,
+    "galore_adafactor": 0.02,
+    "galore_lion": 0.005,
+    "galore_sgd": 0.5,
+    "adamw": 0.01,
+}
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in metrics(folder) if "loss" in line]
+
+
+# --------------------------------------------------------------------------------------------------- a whole run
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_learns(tmp_path: Path, preset: str) -> None:
+    config = tiny_config(tmp_path, optim={"preset": preset, "lr": PRESETS[preset]}, run={"export": False})
+    summary = train(config)
+    assert summary["first_loss"] > math.log(150)  # nothing is known at first: the loss is about that of guessing
+    assert summary["valid_loss"] < summary["first_loss"] - 0.5
+
+
+def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, run={"eval_every": 8})
+    summary = train(config)
+    run = tmp_path / "run"
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "model",
+        "summary.json",
+        "tensorboard",
+    ]
+    assert load_config(run / "config.yaml") == config
+    assert json.loads((run / "summary.json").read_text()) == summary
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
+    assert [line["step"] for line in lines if "valid_loss" in line] == [8, 16, 20]
+    assert lines[-1]["valid_loss"] == summary["valid_loss"]
+    assert summary["perplexity"] == math.exp(summary["valid_loss"])
+    assert summary["tokens"] == 20 * 4 * 31  # steps x sequences x tokens that something predicts
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_gives_others(tmp_path: Path) -> None:
+    seen = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        (tmp_path / name).mkdir()
+        train(tiny_config(tmp_path / name, run={"seed": seed, "steps": 6, "export": False}))
+        seen.append(losses(tmp_path / name))
+    assert seen[0] == seen[1]
+    assert seen[0] != seen[2]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_learns(tmp_path: Path, autocast: bool) -> None:
+    model = {"dtype": "float32" if autocast else "bfloat16"}
+    summary = train(tiny_config(tmp_path, model=model, run={"autocast": autocast}))
+    assert summary["valid_loss"] < summary["first_loss"] - 0.5
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto")
+    assert exported.dtype == getattr(torch, model["dtype"])
+
+
+def test_the_exported_model_has_the_loss_of_the_summary(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    summary = train(config)
+    folder = tmp_path / "run" / "model"
+    assert (folder / "model.safetensors").exists()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.eos_token_id == tokenizer.eos_token_id is not None
+    valid = trainer.load_data(config.data, str(folder)).valid_loader(3, None)
+    assert evaluate(model, valid).loss == pytest.approx(summary["valid_loss"], rel=1e-6)
+
+
+def test_activation_checkpointing_changes_no_loss(tmp_path: Path) -> None:
+    seen = []
+    for name in ("plain", "checkpointed"):
+        (tmp_path / name).mkdir()
+        model = {"activation_checkpointing": name == "checkpointed"}
+        train(tiny_config(tmp_path / name, model=model, run={"steps": 5, "export": False}))
+        seen.append(losses(tmp_path / name))
+    assert seen[0] == pytest.approx(seen[1], rel=1e-5)
+
+
+def test_pretrained_weights_are_where_a_run_starts(tmp_path: Path) -> None:
+    first = train(tiny_config(tmp_path))
+    folder = str(tmp_path / "run" / "model")
+    model = {"name": folder, "pretrained": True, "overrides": {}}
+    again = train(tiny_config(tmp_path, model=model, run={"out": str(tmp_path / "again"), "warmup_steps": 0}))
+    assert again["first_loss"] < first["first_loss"] - 0.5
+    assert again["valid_loss"] < first["valid_loss"]
+
+
+# ------------------------------------------------------------------------------------------- steps and gradients
+
+
+def final_weights(folder: Path, preset: str, **run: object) -> dict[str, Tensor]:
+    folder.mkdir()
+    optim = {"preset": preset, "lr": PRESETS[preset], "max_grad_norm": 0.5}
+    train(tiny_config(folder, optim=optim, run={"steps": 4, "batch_size": 8, **run}))
+    return AutoModelForCausalLM.from_pretrained(folder / "run" / "model").state_dict()
+
+
+def test_micro_batches_are_one_big_batch(tmp_path: Path) -> None:
+    whole = final_weights(tmp_path / "whole", "galore")
+    parts = final_weights(tmp_path / "parts", "galore", micro_batch=2)
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=1e-5, atol=1e-5)
+
+
+def test_micro_batches_weigh_as_many_tokens_as_they_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the sequences train on a few tokens only: a mean of means would weigh those tokens too much."""
+    original = trainer.text.PackedDataset.__getitem__
+
+    def sparse(self: object, index: int) -> dict[str, Tensor]:
+        item = original(self, index)
+        if index % 2:
+            item["labels"][: 5 + index % 20] = -100
+        return item
+
+    monkeypatch.setattr(trainer.text.PackedDataset, "__getitem__", sparse)
+    whole = final_weights(tmp_path / "whole", "galore_sgd")
+    parts = final_weights(tmp_path / "parts", "galore_sgd", micro_batch=1)
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=1e-5, atol=1e-5)
+
+
+def test_warm_up_starts_above_zero_and_cosine_ends_at_the_ratio(tmp_path: Path) -> None:
+    run = tiny_config(tmp_path, run={"steps": 100, "warmup_steps": 10, "min_lr_ratio": 0.1}).run
+    factors = [lr_factor(step, run) for step in range(1, 101)]
+    assert factors[0] == 0.1
+    assert factors[9] == 1.0
+    assert factors[54] == pytest.approx(0.55)
+    assert factors[-1] == pytest.approx(0.1)
+    assert max(factors) == 1.0
+    assert all(a > b for a, b in itertools.pairwise(factors[9:]))
+    assert lr_factor(1, dataclasses.replace(run, steps=1, warmup_steps=1)) == 1.0
+    assert lr_factor(1, dataclasses.replace(run, steps=1, warmup_steps=0)) == pytest.approx(0.1)
+
+
+def test_the_optimizer_steps_as_often_as_asked_with_the_lr_of_the_schedule(tmp_path: Path) -> None:
+    used = []
+
+    def counting(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(model, config)
+        optimizer.register_step_pre_hook(lambda o, *_: used.append([group["lr"] for group in o.param_groups]))
+        return optimizer
+
+    config = tiny_config(tmp_path, optim={"lr": 0.02, "dense_lr": 0.01}, run={"micro_batch": 2, "export": False})
+    train(config, counting)
+    assert used == [[lr * lr_factor(step, config.run) for lr in (0.02, 0.01, 0.01)] for step in range(1, 21)]
+    assert [line["lr"] for line in metrics(tmp_path) if "lr" in line] == [lrs[0] for lrs in used]
+
+
+def test_a_torch_optimizer_runs_in_the_same_loop_and_is_clipped(tmp_path: Path) -> None:
+    norms = []
+
+    def sgd(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(model.parameters(), lr=config.optim.lr)
+        parameters = list(model.parameters())
+        optimizer.register_step_pre_hook(lambda *_: norms.append(float(trainer.gradient_norm(parameters))))
+        return optimizer
+
+    train(tiny_config(tmp_path, optim={"max_grad_norm": 0.1}, run={"steps": 5, "export": False}), sgd)
+    assert norms == pytest.approx([0.1] * 5, rel=1e-4)
+    logged = [line["grad_norm"] for line in metrics(tmp_path) if "grad_norm" in line]
+    assert min(logged) > 0.1  # the norm before clipping is what is written
+
+
+# ------------------------------------------------------------------------------------------------- not finite
+
+
+def poisoned(at: set[int]) -> tuple[Callable[[nn.Module, TrainConfig], torch.optim.Optimizer], list[list[Tensor]]]:
+    """Spoil the gradient of the steps in `at`, counted from 1, and remember the weights around each step."""
+    seen: list[list[Tensor]] = []
+
+    def build(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        weight = model.model.layers[0].mlp.up_proj.weight
+        calls = iter(range(1, 1000))
+
+        def spoil(p: Tensor) -> None:
+            seen.append([q.detach().clone() for q in model.parameters()])
+            if next(calls) in at:
+                p.grad.fill_(math.inf)
+
+        weight.register_post_accumulate_grad_hook(spoil)
+        return build_optimizer(model, config)
+
+    return build, seen
+
+
+def test_a_step_that_is_not_finite_is_skipped_whole(tmp_path: Path) -> None:
+    build, seen = poisoned({1, 4})
+    summary = train(tiny_config(tmp_path, run={"steps": 8, "export": False}), build)
+    assert summary["skipped_steps"] == 2
+    assert summary["tokens"] == 6 * 4 * 31
+    for step in range(1, 8):
+        same = all(torch.equal(a, b) for a, b in zip(seen[step - 1], seen[step], strict=True))
+        assert same == (step in {1, 4}), step
+    assert math.isfinite(summary["valid_loss"])
+    lines = [line for line in metrics(tmp_path) if "loss" in line]
+    assert [line["grad_norm"] is None for line in lines] == [step in {1, 4} for step in range(1, 9)]
+
+
+def test_a_run_that_is_not_finite_stops_with_advice(tmp_path: Path) -> None:
+    build, seen = poisoned(set(range(3, 100)))
+    with pytest.raises(FloatingPointError, match=r"10 steps in a row, up to step 12: lower --optim.lr"):
+        train(tiny_config(tmp_path, run={"steps": 30}), build)
+    assert len(seen) == 12
+
+
+# --------------------------------------------------------------------------------------------------- evaluation
+
+
+def random_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **SIZES)).train()
+
+
+def batches() -> list[dict[str, Tensor]]:
+    torch.manual_seed(1)
+    made = []
+    for masked in (0, 8, 3):
+        ids = torch.randint(50, (2, 12))
+        labels = ids.clone()
+        labels[:, :masked] = -100
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+def test_every_token_weighs_the_same_in_an_evaluation() -> None:
+    model = random_model()
+    result = evaluate(model, batches())
+    with torch.no_grad():
+        parts = [(float(model(**batch).loss), int((batch["labels"][:, 1:] != -100).sum())) for batch in batches()]
+    tokens = sum(count for _, count in parts)
+    assert result.tokens == tokens == 2 * (11 + 4 + 9)
+    assert result.loss == pytest.approx(sum(loss * count for loss, count in parts) / tokens, rel=1e-6)
+    assert result.perplexity == math.exp(result.loss)
+    assert model.training
+
+
+def test_the_paper_compatible_loss_is_the_sum_of_batch_means_over_one_more_batch() -> None:
+    model = random_model()
+    with torch.no_grad():
+        means = [float(model(**batch).loss) for batch in batches()]
+    assert evaluate(model, batches(), paper_compatible=True).loss == pytest.approx(sum(means) / 4, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ other data
+
+
+def test_chat_data_trains_on_answers_only(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path))  # for its tokenizer
+    rows = [{"prompt": "the cat sees ", "completion": f"the red dog {i}"} for i in range(40)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"files": str(tmp_path / "chat.jsonl"), "format": "chat", "tokenizer": str(tmp_path / "run" / "model")}
+    summary = train(tiny_config(tmp_path, data=data, run={"out": str(tmp_path / "chat"), "steps": 10}))
+    assert summary["tokens"] < 10 * 4 * 31 / 2
+    assert summary["valid_loss"] < summary["first_loss"] - 0.5
+
+
+def test_a_streamed_dataset_trains(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path))  # for its tokenizer
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    documents = (tmp_path / "text.txt").read_text().split("<|endoftext|>")
+    for name, part in (("train", documents[8:]), ("validation", documents[:8])):
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": document}) for document in part))
+    data = {"files": None, "dataset": str(folder), "tokenizer": str(tmp_path / "run" / "model")}
+    run = {"out": str(tmp_path / "streamed"), "eval_sequences": 6}
+    summary = train(tiny_config(tmp_path, data=data, run=run))
+    assert summary["valid_tokens"] == 6 * 31
+    assert summary["valid_loss"] < summary["first_loss"] - 0.5
+
+
+def test_a_warning_when_a_step_has_fewer_tokens_than_the_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config(tmp_path, data={"seq_len": 8}, optim={"rank": 16}, run={"batch_size": 2, "steps": 2}))
+    assert "a step trains on 14 tokens, fewer than optim.rank=16" in capsys.readouterr().out
+    train(
+        tiny_config(
+            tmp_path, data={"seq_len": 9}, optim={"rank": 16}, run={"batch_size": 2, "steps": 2, "out": f"{tmp_path}/b"}
+        )
+    )
+    assert "warning" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------- what is refused leaves nothing
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"name": "no/such/model"}}, "model.name='no/such/model'"),
+        ({"model": {"overrides": {"hiden_size": 3}}}, "model.overrides: hiden_size"),
+        ({"model": {"overrides": {**SIZES, "vocab_size": 20}}}, "--model.overrides.vocab_size"),
+        ({"optim": {"targets": ["nothing"]}}, "'nothing' matches no"),
+        ({"data": {"files": "nothing*.txt"}}, r"nothing\*.txt"),
+        ({"data": {"seq_len": 100_000}}, "data.seq_len=100000"),
+        ({"data": {"tokenizer": "no/such/tokenizer"}}, "data.tokenizer='no/such/tokenizer'"),
+        ({"run": {"device": "abacus"}}, "run.device='abacus'"),
+    ],
+)
+def test_a_refused_run_leaves_no_folder(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        train(tiny_config(tmp_path, **changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_folder_is_refused_and_untouched(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("precious")
+    with pytest.raises(ValueError, match=r"--run.out"):
+        train(tiny_config(tmp_path))
+    assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["precious"]
