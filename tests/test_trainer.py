@@ -299,6 +299,18 @@ def test_a_streamed_dataset_trains(tmp_path: Path) -> None:
     assert summary["valid_loss"] < summary["first_loss"] - 0.5
 
 
+def test_only_pieces_that_text_can_hold_need_an_embedding(tmp_path: Path) -> None:
+    tokenizer = trainer.load_data(tiny_config(tmp_path).data, None).tokenizer
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIZES))
+    tokenizer.add_tokens(
+        ["<extra_id_0>", "<extra_id_1>"], special_tokens=True
+    )  # as T5's: 100 more than the paper's models have
+    trainer.check_vocabulary(model, tokenizer)
+    tokenizer.add_tokens(["zebra"])
+    with pytest.raises(ValueError, match=f"--model.overrides.vocab_size {len(tokenizer)}"):
+        trainer.check_vocabulary(model, tokenizer)
+
+
 def test_a_warning_when_a_step_has_fewer_tokens_than_the_rank(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

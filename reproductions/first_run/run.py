@@ -40,7 +40,7 @@ SEARCHED = {  # method: whose search it uses
     "galore_svd": "galore_subspace",
     "galore_torch": "galore_subspace",
 }
-LEARNING_RATES = {"adamw": (0.001, 0.0005, 0.003), "galore_subspace": (0.01, 0.003, 0.03)}
+LEARNING_RATES = {"adamw": (0.001, 0.0005, 0.003), "galore_subspace": (0.01, 0.003, 0.001)}
 DENSE_LEARNING_RATES = (0.003, 0.001, 0.01)  # the first is used while lr is searched
 
 
@@ -209,7 +209,7 @@ def main(train: str, valid: str, out: str = "runs/first_run", methods: list[str]
         )
     for method in methods or SEARCHED:
         lr, dense_lr = search(SEARCHED[method], files, Path(out))
-        run_once(f"final {method}", method, lr, dense_lr, LONG, files, valid, Path(out))
+        run_once(f"final {method} {lr} {dense_lr}", method, lr, dense_lr, LONG, files, valid, Path(out))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,10 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
 
     print(f"text   {corpus.description}")
-    print(f"model  {config.model.name}, {count_parameters(model):,} parameters, {config.model.dtype}, {device}\n")
+    changed = "".join(f" {key}={value}" for key, value in config.model.overrides.items())
+    print(
+        f"model  {config.model.name}{changed}, {count_parameters(model):,} parameters, {config.model.dtype}, {device}\n"
+    )
     print(f"{describe_groups(optimizer.param_groups)}\n")
     print(f"memory, without activations\n{count_memory(model, optimizer)}\n", flush=True)
 
