@@ -13,8 +13,7 @@ help:
 	@echo "make clean        remove .venv and caches"
 
 quickstart: .venv/.train
-	rm -rf runs/quickstart
-	$(BIN)/subspan train --config recipes/quickstart.yaml --run.out runs/quickstart
+	$(BIN)/subspan train --config recipes/quickstart.yaml --run.out runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: .venv/.dev
 	$(BIN)/python -m pytest

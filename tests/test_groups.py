@@ -138,8 +138,10 @@ def test_the_grouping_is_printed(capsys):
     assert "2 x 48 x 32          model.layers.*.mlp.gate_proj.weight" in printed
     count = sum(p.numel() for _, p in groups[0]["params"]) / 1e6
     assert f"projected: 14 tensors, {count:.2f} M parameters, rank 8, proj_type std" in printed
-    optimizer = subspan.GaLoreAdamW(groups)
-    assert "model.layers.*.mlp.gate_proj.weight" in subspan.describe_groups(optimizer.param_groups)
+    optimizer = subspan.GaLoreAdamW(groups)  # takes the names out of `params` and fills in defaults
+    described = subspan.describe_groups(optimizer.param_groups)
+    assert "model.layers.*.mlp.gate_proj.weight" in described
+    assert described.count("rank 8") == described.count("scale") == 1  # of the projected group alone
 
 
 @pytest.mark.parametrize(

@@ -87,11 +87,8 @@ def describe_groups(groups: Sequence[Mapping[str, Any]]) -> str:
     for group in groups:
         pairs = _pairs(group)
         count = sum(p.numel() for _, p in pairs)
-        settings = [
-            f"{key} {group[key]}"
-            for key in ("rank", "proj_type", "scale", "update_proj_gap", "lr", "weight_decay")
-            if key in group
-        ]
+        keys = ("rank", "proj_type", "scale", "update_proj_gap") if "rank" in group else ()
+        settings = [f"{key} {group[key]}" for key in (*keys, "lr", "weight_decay") if key in group]
         title = group.get("name", "projected" if "rank" in group else "dense")
         if title == "projected" and "rank" not in group:
             title = "matrices (full rank)"
