@@ -103,6 +103,33 @@ def test_the_update_stays_in_the_subspace():
     assert captured_energy(p.detach() - start, optimizer.state[p]["basis"]).item() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("projector", [subspan.SVD(), subspan.SubspaceIteration()])
+def test_rounding_noise_is_not_stepped_on(projector):
+    """Five tokens behind a gradient, rank 8: three rows of R are rounding noise, which Adam would turn into full steps.
+
+    The same gradients, up to rounding, must give the same weights; without the mask they do not.
+    """
+
+    def run(mask_null, order):
+        generator = torch.Generator().manual_seed(0)
+        p, X = nn.Parameter(torch.zeros(12, 20)), torch.randn(12, 5, generator=generator)
+        optimizer = subspan.ProjectedOptimizer(
+            [group(p, rank=8, update_proj_gap=100)], 0.01, projector=projector, mask_null=mask_null
+        )
+        for _ in range(5):
+            Y = torch.randn(5, 20, generator=generator)  # the same five directions at every step
+            p.grad = sum(X[:, i : i + 1] @ Y[i : i + 1] for i in order)  # one sum in two orders
+            optimizer.step()
+        return p.detach()
+
+    def difference(mask_null):
+        a, b = run(mask_null, range(5)), run(mask_null, range(4, -1, -1))
+        return ((a - b).norm() / a.norm()).item()
+
+    assert difference(mask_null=True) < 1e-4
+    assert difference(mask_null=False) > 1e-2
+
+
 # ------------------------------------------------------------------------------------------------------- refresh
 
 
@@ -338,6 +365,25 @@ def test_a_normal_step_never_asks_the_device(monkeypatch):
             feed(optimizer, weights + biases, 2)  # steps 1 and 2 of a gap of 3
             with pytest.raises(AssertionError, match="host sync"):
                 feed(optimizer, weights + biases, 1)  # the refresh may: so the test can fail
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1024, 512), (512, 1024)])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std"])
+def test_a_projected_step_makes_no_full_size_temporary(dtype, shape, proj_type):
+    """Peak of the allocations of one step, as torch's profiler records them, at a rank of 16 of 512."""
+    p = nn.Parameter(torch.randn(shape).to(dtype))
+    optimizer = subspan.GaLoreAdamW([group(p, rank=16, proj_type=proj_type)], weight_decay=0.1)
+    feed(optimizer, [p], 1)
+    p.grad = torch.randn(shape).to(dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        optimizer.step()
+    now = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    assert 0 < peak < 0.5 * p.numel() * p.element_size()
 
 
 # ------------------------------------------------------------------------------------------- more than two dimensions

@@ -1,0 +1,64 @@
+"""Write the tables of README.md, beside this file, from results/*.json: python reproductions/first_run/table.py"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+LABELS = {
+    "adamw": "full-rank AdamW (torch)",
+    "galore_svd": "GaLore, exact SVD",
+    "galore_subspace": "GaLore, subspace iteration",
+    "galore_torch": "galore_torch 1.0",
+}
+
+
+def final_table(finals: list[dict[str, Any]]) -> str:
+    """One row a long run; losses also relative to galore_torch, speed relative to AdamW."""
+    reference = next((run for run in finals if run["method"] == "galore_torch"), None)
+    adamw = next((run for run in finals if run["method"] == "adamw"), None)
+    lines = [
+        "| method | lr, dense lr | validation loss | against galore_torch | perplexity | optimizer state | tokens/s, AdamW = 1 "
+        "| seconds in refreshes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in finals:
+        loss = run["valid_loss"]
+        against = f"{loss / reference['valid_loss'] - 1:+.2%}" if reference else ""
+        speed = run["tokens"] / run["seconds"]
+        relative = f"{speed / (adamw['tokens'] / adamw['seconds']):.2f}" if adamw else ""
+        refreshes = "-" if run["method"] == "adamw" else f"{run['refresh_seconds']:.1f} of {run['seconds']:.0f}"
+        lines.append(
+            f"| {LABELS[run['method']]} | {run['lr']:g}, {run['dense_lr']:g} | {loss:.4f} | {against} | "
+            f"{run['perplexity']:.2f} | {run['optimizer_bytes'] / 2**20:.1f} MiB | {relative} | {refreshes} |"
+        )
+    return "\n".join(lines)
+
+
+def search_table(searches: list[dict[str, Any]]) -> str:
+    lines = ["| method | lr | dense lr | loss on the held-out training file |", "|---|---|---|---|"]
+    for run in searches:
+        lines.append(f"| {LABELS[run['method']]} | {run['lr']:g} | {run['dense_lr']:g} | {run['valid_loss']:.4f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    runs = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
+    order = list(LABELS)
+    runs.sort(key=lambda run: (order.index(run["method"]), run["lr"], run["dense_lr"]))
+    longest = max(run["steps"] for run in runs)
+    readme = HERE / "README.md"
+    text = readme.read_text()
+    for name, table in (
+        ("final", final_table([run for run in runs if run["steps"] == longest])),
+        ("search", search_table([run for run in runs if run["steps"] < longest])),
+    ):
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>{table}\n\g<2>", text, flags=re.DOTALL)
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
