@@ -489,6 +489,24 @@ def test_bad_refresh_is_refused(kwargs, message):
         subspan.Refresh(**kwargs)
 
 
+def test_complex_parameters_are_refused():
+    with pytest.raises(ValueError, match=r"complex64 cannot be trained"):
+        subspan.GaLoreAdamW([nn.Parameter(torch.randn(3, 4, dtype=torch.complex64))])
+
+
+def test_a_gradient_of_another_memory_layout_is_read_right():
+    torch.manual_seed(0)
+    start, G = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3)
+    moved = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        p = nn.Parameter(start.clone())
+        optimizer = subspan.GaLoreAdamW([group(p, view="conv")], lr=0.1)
+        p.grad = G.to(memory_format=layout)
+        optimizer.step()
+        moved.append(p.detach())
+    assert moved[0].equal(moved[1])
+
+
 def test_sparse_gradients_are_refused():
     embedding = nn.Embedding(10, 4, sparse=True)
     embedding(torch.tensor([1, 2])).sum().backward()

@@ -76,7 +76,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         refresh: see `Refresh`.
         weight_decay: decoupled, as in torch.optim.AdamW: W <- (1 - lr decay) W before the update; `scale` does not touch it.
         decay_after_update: decay the new update as well, as galore_torch does.
-        max_grad_norm: clip to this norm, that of (R of projected, G of dense parameters); None: no clipping.
+        max_grad_norm: clip to this norm, that of (R of projected, G of dense parameters); None: no clipping. Dense gradients
+            are clipped in place, as torch.nn.utils.clip_grad_norm_ does; those of projected parameters stay as they are.
         state_dtype: dtype of the rule's state; None: the parameter's.
         basis_dtype: dtype of the basis; None: the parameter's.
         mask_null: count rows of R that hold only rounding noise as zero (`mask_null_directions`).
@@ -201,7 +202,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         assert p.grad is not None
         if "rank" not in group:
             return p.grad
-        G, Q = _matrix(p.grad, group), self.state[p]["basis"]
+        G, Q = _matrix(p.grad.contiguous(), group), self.state[p]["basis"]
         side = pick_side(G.shape, group["proj_type"])
         if self._refresh_due(group, p):
             self._refresh_basis(p, G, side, Q)
@@ -307,6 +308,9 @@ def _check_group(group: dict[str, Any], names: list[str]) -> None:
         value = float(group[key])
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{key}={value!r} must be a number of at least 0")
+    for name, p in zip(names, group["params"], strict=True):
+        if not p.is_floating_point():
+            raise ValueError(f"{name} of dtype {p.dtype} cannot be trained: use a real floating dtype")
     if "rank" not in group:
         return
     _check_whole("rank", group["rank"])
@@ -319,8 +323,6 @@ def _check_group(group: dict[str, Any], names: list[str]) -> None:
         raise ValueError(f"view={view!r} is unknown: use one of {', '.join(VIEWS)}")
     for name, p in zip(names, group["params"], strict=True):
         shape = tuple(p.shape)
-        if not p.is_floating_point():
-            raise ValueError(f"{name} of dtype {p.dtype} cannot be projected: leave it out of groups with a rank")
         if p.numel() == 0:
             raise ValueError(f"{name} of shape {shape} is empty: leave it out of groups with a rank")
         if p.ndim < 2:
