@@ -61,7 +61,8 @@ def train_command(config: TrainConfig, command: str) -> None:
 def eval_command(config: TrainConfig | None, arguments: dict[str, Any]) -> None:
     """`subspan eval`: `config` is the run's, None where `arguments["model"]` is no run folder."""
     from subspan.training.models import build_model
-    from subspan.training.trainer import check_vocabulary, evaluate, find_device, load_data
+    from subspan.training.text import check_vocabulary, load_data
+    from subspan.training.trainer import evaluate, find_device
 
     _no_progress_bars()
     run = Path(arguments["model"])

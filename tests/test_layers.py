@@ -22,15 +22,16 @@ LAYERS = {
     "training.data": 3,
     "training.models": 3,
     "training.runlog": 3,
+    "training.text": 4,
     "training.trainer": 4,
     "cli": 5,
     "compat": 5,
 }
-# Presets are the optimizer with a rule; data.py and corpus.py are one module cut in two for length.
+# Presets are the optimizer with a rule; data and corpus, trainer and text are one module each, cut in two for length.
 SIBLINGS = {
     ("optim.presets", "optim.optimizer"),
     ("training.data", "training.corpus"),
-    ("training.runlog", "training.config"),
+    ("training.trainer", "training.text"),
 }
 TORCH_ALONE = {
     "optim.projectors",

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from subspan.training import trainer
 from subspan.training.config import TrainConfig, load_config
+from subspan.training.data import PackedDataset
+from subspan.training.text import check_vocabulary, load_data
 from subspan.training.trainer import build_optimizer, evaluate, lr_factor, train
 
 PRESETS = {  # a learning rate at which 20 steps of each learn something
@@ -93,7 +95,7 @@ def test_the_exported_model_has_the_loss_of_the_summary(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.config.eos_token_id == tokenizer.eos_token_id is not None
-    valid = trainer.load_data(config.data, str(folder)).valid_loader(3, None)
+    valid = load_data(config.data, str(folder)).valid_loader(3, None)
     assert evaluate(model, valid).loss == pytest.approx(summary["valid_loss"], rel=1e-6)
 
 
@@ -135,7 +137,7 @@ def test_micro_batches_are_one_big_batch(tmp_path: Path) -> None:
 
 def test_micro_batches_weigh_as_many_tokens_as_they_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the sequences train on a few tokens only: a mean of means would weigh those tokens too much."""
-    original = trainer.text.PackedDataset.__getitem__
+    original = PackedDataset.__getitem__
 
     def sparse(self: object, index: int) -> dict[str, Tensor]:
         item = original(self, index)
@@ -143,7 +145,7 @@ def test_micro_batches_weigh_as_many_tokens_as_they_train(tmp_path: Path, monkey
             item["labels"][: 5 + index % 20] = -100
         return item
 
-    monkeypatch.setattr(trainer.text.PackedDataset, "__getitem__", sparse)
+    monkeypatch.setattr(PackedDataset, "__getitem__", sparse)
     whole = final_weights(tmp_path / "whole", "galore_sgd")
     parts = final_weights(tmp_path / "parts", "galore_sgd", micro_batch=1)
     for name, weight in whole.items():
@@ -300,15 +302,15 @@ def test_a_streamed_dataset_trains(tmp_path: Path) -> None:
 
 
 def test_only_pieces_that_text_can_hold_need_an_embedding(tmp_path: Path) -> None:
-    tokenizer = trainer.load_data(tiny_config(tmp_path).data, None).tokenizer
+    tokenizer = load_data(tiny_config(tmp_path).data, None).tokenizer
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIZES))
     tokenizer.add_tokens(
         ["<extra_id_0>", "<extra_id_1>"], special_tokens=True
     )  # as T5's: 100 more than the paper's models have
-    trainer.check_vocabulary(model, tokenizer)
+    check_vocabulary(model, tokenizer)
     tokenizer.add_tokens(["zebra"])
     with pytest.raises(ValueError, match=f"--model.overrides.vocab_size {len(tokenizer)}"):
-        trainer.check_vocabulary(model, tokenizer)
+        check_vocabulary(model, tokenizer)
 
 
 def test_a_warning_when_a_step_has_fewer_tokens_than_the_rank(
