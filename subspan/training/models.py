@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +74,8 @@ def build_model(
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
         model.to(device or "cpu")  # type: ignore[arg-type]
         return model
-    with torch.device(device if device is not None else torch.get_default_device()):
+    # None leaves a `with torch.device(...)` of the caller alone: older torch does not report it as the default device
+    with torch.device(device) if device is not None else contextlib.nullcontext():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
     return model
 
