@@ -17,23 +17,20 @@ LABELS = {
 
 
 def final_table(finals: list[dict[str, Any]]) -> str:
-    """One row a long run; losses also relative to galore_torch, speed relative to AdamW."""
+    """One row a long run; losses also relative to galore_torch."""
     reference = next((run for run in finals if run["method"] == "galore_torch"), None)
-    adamw = next((run for run in finals if run["method"] == "adamw"), None)
     lines = [
-        "| method | lr, dense lr | validation loss | against galore_torch | perplexity | optimizer state | tokens/s, AdamW = 1 "
+        "| method | lr, dense lr | validation loss | against galore_torch | perplexity | optimizer state "
         "| seconds in refreshes |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     for run in finals:
         loss = run["valid_loss"]
         against = f"{loss / reference['valid_loss'] - 1:+.2%}" if reference else ""
-        speed = run["tokens"] / run["seconds"]
-        relative = f"{speed / (adamw['tokens'] / adamw['seconds']):.2f}" if adamw else ""
-        refreshes = "-" if run["method"] == "adamw" else f"{run['refresh_seconds']:.1f} of {run['seconds']:.0f}"
+        refreshes = "-" if run["method"] == "adamw" else f"{run['refresh_seconds']:.1f}"
         lines.append(
             f"| {LABELS[run['method']]} | {run['lr']:g}, {run['dense_lr']:g} | {loss:.4f} | {against} | "
-            f"{run['perplexity']:.2f} | {run['optimizer_bytes'] / 2**20:.1f} MiB | {relative} | {refreshes} |"
+            f"{run['perplexity']:.2f} | {run['optimizer_bytes'] / 2**20:.1f} MiB | {refreshes} |"
         )
     return "\n".join(lines)
 
