@@ -88,7 +88,7 @@ def mask_null_directions(R: Tensor) -> Tensor:
 
     With fewer tokens than r behind a gradient some rows of R are zero up to rounding, and Adam would turn that noise
     into steps of full size. Row i is null when ||R_i|| < tau max_j ||R_j||, tau of the gradient's dtype: 4e-6 for fp32,
-    1e-3 for bf16 (noise floors measured: 4e-7 and 6.5e-4). Rows with nan or inf stay, for the caller to see. No host sync.
+    1e-3 for bf16, above the rounding noise of each. Rows with nan or inf stay, for the caller to see. No host sync.
     """
     norms = torch.linalg.vector_norm(R, dim=-1, keepdim=True, dtype=torch.promote_types(R.dtype, torch.float32))
     return torch.where(norms < NULL_TOLERANCE[R.dtype] * norms.amax(-2, keepdim=True), 0, R)
