@@ -84,7 +84,15 @@ def time_reference_refreshes() -> list[float]:
 
 
 def configure(
-    method: str, lr: float, dense_lr: float, steps: int, train_files: list[str], valid: str, seed: int, out: Path
+    method: str,
+    lr: float,
+    dense_lr: float,
+    steps: int,
+    train_files: list[str],
+    valid: str,
+    seed: int,
+    out: Path,
+    autocast: bool,
 ) -> TrainConfig:
     projector = {"galore_svd": "svd", "galore_subspace": "subspace_iteration"}.get(method)
     return TrainConfig(
@@ -110,7 +118,7 @@ def configure(
             eval_sequences=256,
             log_every=50,
             seed=seed,
-            autocast=True,
+            autocast=autocast,
             export=False,
         ),
     )
@@ -141,6 +149,7 @@ def one_run(method: str, config: TrainConfig, full_validation: bool, queue: Any)
             "dense_lr": config.optim.dense_lr,
             "steps": config.run.steps,
             "seed": config.run.seed,
+            "autocast": config.run.autocast,
             "valid_loss": summary["valid_loss"],
             "perplexity": summary["perplexity"],
             "valid_tokens": summary["valid_tokens"],
@@ -155,14 +164,22 @@ def one_run(method: str, config: TrainConfig, full_validation: bool, queue: Any)
 
 
 def run_once(
-    key: str, method: str, lr: float, dense_lr: float, steps: int, files: list[str], valid: str, out: Path
+    key: str,
+    method: str,
+    lr: float,
+    dense_lr: float,
+    steps: int,
+    files: list[str],
+    valid: str,
+    out: Path,
+    autocast: bool,
 ) -> dict[str, Any]:
     """The result named `key`: from its file, or by a run in a process of its own."""
     file = RESULTS / f"{key.replace(' ', '_')}.json"
     if not file.exists():
         folder = out / key.replace(" ", "_")
         shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
-        config = configure(method, lr, dense_lr, steps, files, valid, 0 if steps == SHORT else 1, folder)
+        config = configure(method, lr, dense_lr, steps, files, valid, 0 if steps == SHORT else 1, folder, autocast)
         context = multiprocessing.get_context("spawn")
         queue = context.Queue()
         process = context.Process(target=one_run, args=(method, config, steps == LONG, queue))
@@ -180,19 +197,21 @@ def run_once(
     return result
 
 
-def search(method: str, files: list[str], out: Path) -> tuple[float, float]:
+def search(method: str, files: list[str], out: Path, autocast: bool) -> tuple[float, float]:
     """The best (lr, dense_lr) by short runs: first lr, then dense_lr."""
     held_out, rest = files[-1], files[:-1]
 
     def short(lr: float, dense_lr: float) -> float:
         key = f"search {method} {lr} {dense_lr}"
-        return run_once(key, method, lr, dense_lr, SHORT, rest, held_out, out)["valid_loss"]
+        return run_once(key, method, lr, dense_lr, SHORT, rest, held_out, out, autocast)["valid_loss"]
 
     lr = min(LEARNING_RATES[method], key=lambda value: short(value, DENSE_LEARNING_RATES[0]))
     return lr, min(DENSE_LEARNING_RATES, key=lambda value: short(lr, value))
 
 
-def main(train: str, valid: str, out: str = "runs/first_run", methods: list[str] | None = None) -> None:
+def main(
+    train: str, valid: str, out: str = "runs/first_run", methods: list[str] | None = None, autocast: bool = True
+) -> None:
     """Search, then the long runs.
 
     Args:
@@ -200,6 +219,7 @@ def main(train: str, valid: str, out: str = "runs/first_run", methods: list[str]
         valid: validation file, used by the long runs alone
         out: folder for the run folders
         methods: some of adamw, galore_subspace, galore_svd, galore_torch; none: all
+        autocast: bfloat16 arithmetic in the model; false where the processor has none: there it is thirty times slower
     """
     files = sorted(glob.glob(train))
     if len(files) < 2:
@@ -207,8 +227,8 @@ def main(train: str, valid: str, out: str = "runs/first_run", methods: list[str]
             f"train={train!r} matches {len(files)} files: at least two are needed, one is held out for the search"
         )
     for method in methods or SEARCHED:
-        lr, dense_lr = search(SEARCHED[method], files, Path(out))
-        run_once(f"final {method} {lr} {dense_lr}", method, lr, dense_lr, LONG, files, valid, Path(out))
+        lr, dense_lr = search(SEARCHED[method], files, Path(out), autocast)
+        run_once(f"final {method} {lr} {dense_lr}", method, lr, dense_lr, LONG, files, valid, Path(out), autocast)
 
 
 if __name__ == "__main__":
