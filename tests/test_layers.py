@@ -13,6 +13,7 @@ LAYERS = {
     "extras": 0,
     "optim.projectors": 1,
     "optim.rules": 1,
+    "optim.backward": 2,
     "optim.groups": 2,
     "optim.optimizer": 2,
     "optim.presets": 2,
@@ -27,15 +28,21 @@ LAYERS = {
     "cli": 5,
     "compat": 5,
 }
-# Presets are the optimizer with a rule; data and corpus, trainer and text are one module each, cut in two for length.
+# Presets are the optimizer with a rule; the optimizer reads groups and owns its hooks, which know its type; data and corpus,
+# trainer and text are one module each, cut in two for length.
 SIBLINGS = {
     ("optim.presets", "optim.optimizer"),
+    ("optim.optimizer", "optim.groups"),
+    ("optim.optimizer", "optim.backward"),
+    ("optim.backward", "optim.optimizer"),
+    ("optim.backward", "optim.groups"),
     ("training.data", "training.corpus"),
     ("training.trainer", "training.text"),
 }
 TORCH_ALONE = {
     "optim.projectors",
     "optim.rules",
+    "optim.backward",
     "optim.groups",
     "optim.optimizer",
     "optim.presets",

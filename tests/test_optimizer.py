@@ -480,13 +480,14 @@ def test_bad_arguments_are_refused(kwargs, message):
     ("kwargs", "message"),
     [
         ({"first": "zero"}, "first='zero'"),
-        ({"stagger": 5}, "first='random'"),
-        ({"first": "random", "stagger": 0}, "stagger=0"),
+        ({"first": "gradient", "stagger": 5}, "first='random'"),
+        ({"stagger": 5}, "first='random'"),  # gradients="hold": the first basis is the gradient's
+        ({"stagger": 0}, "stagger=0"),
     ],
 )
 def test_bad_refresh_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        subspan.Refresh(**kwargs)
+        subspan.GaLoreAdamW([nn.Parameter(torch.randn(6, 8))], refresh=subspan.Refresh(**kwargs))
 
 
 def test_complex_parameters_are_refused():

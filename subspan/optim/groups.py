@@ -1,14 +1,20 @@
-"""Which parameters are projected: parameter groups of a model, chosen by name."""
+"""Parameter groups: which parameters of a model are projected, chosen by name, and what a group may hold."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from subspan.optim.projectors import check_proj_type
+
 Named = Sequence[tuple[str, Tensor]]
+
+VIEWS = ("matrix", "conv", "batch")
+"""How a weight is read as a matrix: as it is, first dimension x the rest, or a batch of matrices."""
 
 MATRIX_MODULES = ("Linear", "Conv1D")
 """Class names whose `weight` is a matrix by default: torch's Linear and transformers' Conv1D (GPT-2's layout, (in, out))."""
@@ -64,7 +70,7 @@ def param_groups(
     viewed = _views(trainable, chosen, views or {})
     shared = {"scale": scale, "update_proj_gap": update_proj_gap, "proj_type": proj_type}
     groups: list[dict[str, Any]] = []
-    for view in ("matrix", "conv", "batch"):
+    for view in VIEWS:
         params = [(name, p) for name, p in trainable if name in chosen and viewed.get(name, "matrix") == view]
         groups.append(
             {"params": params, "name": "projected" if view == "matrix" else f"projected ({view})", **_given(lr)}
@@ -166,3 +172,55 @@ def _examples(trainable: Named) -> str:
     names = [name for name, p in trainable if p.ndim >= 2]
     middle = names[len(names) // 2 : len(names) // 2 + 2]
     return f": names look like {', '.join(middle)}" if middle else ""
+
+
+# ------------------------------------------------------------------------------------------- values of a group
+
+
+def as_matrix(X: Tensor, group: dict[str, Any]) -> Tensor:
+    """A parameter or its gradient as a matrix or a batch of matrices: a view of the same memory."""
+    if group.get("view", "matrix") == "conv":
+        return X.view(X.shape[0], -1)
+    return X if X.ndim <= 3 else X.view(-1, *X.shape[-2:])
+
+
+def check_group(group: dict[str, Any], names: list[str]) -> None:
+    """ValueError for a value or a parameter that its group cannot have."""
+    for key in ("lr", "weight_decay"):
+        value = float(group[key])
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{key}={value!r} must be a number of at least 0")
+    for name, p in zip(names, group["params"], strict=True):
+        if not p.is_floating_point():
+            raise ValueError(f"{name} of dtype {p.dtype} cannot be trained: use a real floating dtype")
+    if "rank" not in group:
+        return
+    check_whole("rank", group["rank"])
+    check_whole("update_proj_gap", group["update_proj_gap"])
+    check_proj_type(group["proj_type"])
+    if isinstance(group["scale"], (str, bool)) or not math.isfinite(group["scale"]):
+        raise ValueError(f"scale={group['scale']!r} must be a number: 0.25 is the paper's")
+    view = group.get("view", "matrix")
+    if view not in VIEWS:
+        raise ValueError(f"view={view!r} is unknown: use one of {', '.join(VIEWS)}")
+    for name, p in zip(names, group["params"], strict=True):
+        shape = tuple(p.shape)
+        if p.numel() == 0:
+            raise ValueError(f"{name} of shape {shape} is empty: leave it out of groups with a rank")
+        if p.ndim < 2:
+            raise ValueError(f"{name} of shape {shape} is no matrix: put it in a group without rank")
+        if p.ndim > 2 and view == "matrix":
+            raise ValueError(
+                f"{name} of shape {shape} is no matrix: set view='conv' (first x rest) or view='batch' in its group"
+            )
+        if p.ndim == 2 and view == "batch":
+            raise ValueError(f"{name} of shape {shape} is one matrix: drop view='batch' from its group")
+        if not p.is_contiguous():
+            raise ValueError(
+                f"{name} of shape {shape} is not contiguous: call .contiguous() before building the optimizer"
+            )
+
+
+def check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")

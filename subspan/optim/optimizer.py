@@ -9,24 +9,27 @@ For every parameter of a group with a `rank`, once a step (docs/theory.md; arXiv
     W <- (1 - lr decay) W - lr scale orient(Q U)          one in-place product, no full-size temporary
 
 A group without a `rank` is dense: U = rule.update(G), W <- (1 - lr decay) W - lr U.
+
+How long gradients live (`gradients`) is backward.py's part.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from subspan.optim.backward import Backward, Gradients, norm_of
+from subspan.optim.groups import as_matrix, check_group, check_whole
 from subspan.optim.projectors import (
     Projector,
     Side,
     SubspaceIteration,
-    check_proj_type,
     effective_rank,
     mask_null_directions,
     orient,
@@ -36,7 +39,8 @@ from subspan.optim.projectors import (
 )
 from subspan.optim.rules import Adam, Rule
 
-VIEWS = ("matrix", "conv", "batch")
+Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor]
+"""A group, a parameter of it, its R (its gradient if it is dense), the norm of R."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +49,22 @@ class Refresh:
 
     first="gradient" (the paper): every basis is found from the gradient of step 0.
     first="random": bases are seeded random orthonormal at construction, and parameter i of N has its first true refresh at
-        step floor(i S / N), S = `stagger` (None: T), so that no step stalls on all of them.
+        step floor(i S / N), S = `stagger` (None: T), so that no step stalls on all of them, or holds all their gradients.
+    first=None: "gradient" with gradients="hold", else "random".
     seed: of every random draw of the optimizer; equal on all processes.
     """
 
-    first: Literal["gradient", "random"] = "gradient"
+    first: Literal["gradient", "random"] | None = None
     stagger: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.first not in ("gradient", "random"):
+        if self.first not in (None, "gradient", "random"):
             raise ValueError(f"first={self.first!r} is unknown: use 'gradient' or 'random'")
         if self.stagger is not None:
+            check_whole("stagger", self.stagger)
             if self.first == "gradient":
                 raise ValueError("stagger needs a basis before the first refresh: set first='random' or drop stagger")
-            _check_whole("stagger", self.stagger)
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
@@ -76,8 +81,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         refresh: see `Refresh`.
         weight_decay: decoupled, as in torch.optim.AdamW: W <- (1 - lr decay) W before the update; `scale` does not touch it.
         decay_after_update: decay the new update as well, as galore_torch does.
+        gradients: "hold", "project" or "update", see backward.py. In `project` full gradients are projected and freed during
+            the backward pass; micro-batches, clipping and schedulers work as usual, but only `zero_grad()` of the
+            optimizer, not the model's, forgets gradients before a step. In `update` weights change during the backward
+            pass; step() then only ends the step. Same state_dict in all three.
         max_grad_norm: clip to this norm, that of (R of projected, G of dense parameters); None: no clipping. Dense gradients
             are clipped in place, as torch.nn.utils.clip_grad_norm_ does; those of projected parameters stay as they are.
+            Not in `update`, where no step sees all gradients.
         state_dtype: dtype of the rule's state; None: the parameter's.
         basis_dtype: dtype of the basis; None: the parameter's.
         mask_null: count rows of R that hold only rounding noise as zero (`mask_null_directions`).
@@ -85,7 +95,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     State is tensors only and exists from construction: `step` and `refreshes` (0-d, CPU), `basis` (d, r), the rule's.
     `grad_norm` is a 0-d tensor, the norm of the last step before clipping; reading it is the caller's host sync, `step()`
     makes none outside refreshes. A gradient that is not finite counts as zero (decided per parameter, with `max_grad_norm`
-    over all of them) and is never used for a basis.
+    over all of them) and is never used for a basis; a loop that would rather skip such a step calls `prepare()` first.
     """
 
     def __init__(
@@ -96,6 +106,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         rule: Rule | None = None,
         projector: Projector | None = None,
         refresh: Refresh | None = None,
+        gradients: Gradients = "hold",
         weight_decay: float = 0.0,
         decay_after_update: bool = False,
         max_grad_norm: float | None = None,
@@ -108,9 +119,18 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name}={dtype} must be a floating dtype, such as torch.float32 or torch.bfloat16")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={max_grad_norm!r} must be positive: use None for no clipping")
+        if gradients not in get_args(Gradients):
+            raise ValueError(f"gradients={gradients!r} is unknown: use 'hold', 'project' or 'update'")
+        if gradients == "update" and max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm={max_grad_norm!r} needs the norm of all gradients, which gradients='update' never sees "
+                "together: use gradients='project' or drop max_grad_norm"
+            )
         self.rule = Adam() if rule is None else rule
         self.projector = SubspaceIteration() if projector is None else projector
-        self.refresh = Refresh() if refresh is None else refresh
+        self.gradients = gradients
+        refresh = Refresh() if refresh is None else refresh
+        self.refresh = replace(refresh, first=refresh.first or ("gradient" if gradients == "hold" else "random"))
         self.decay_after_update = decay_after_update
         self.max_grad_norm = max_grad_norm
         self.state_dtype = state_dtype
@@ -118,12 +138,20 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self.mask_null = mask_null
         self.grad_norm: Tensor = torch.zeros(())
         self.refresh_seconds = 0.0
+        self.prepared: list[Prepared] | None = None
         # state["step"] and state["refreshes"] as Python ints, so that asking whether a refresh is due costs no host sync
         self._steps: dict[Tensor, int] = {}
         self._refreshes: dict[Tensor, int] = {}
-        self._index: dict[Tensor, int] = {}  # position among the projected parameters: seeds and staggering
+        self._index: dict[Tensor, int] = {}  # position among the projected parameters, for seeds
+        self._offset: dict[Tensor, int] = {}  # step of the first true refresh, for first="random"
+        self._group: dict[Tensor, int] = {}  # position of its group in param_groups
+        self._backward: Backward | None = None
+        self._built = False
         defaults = {"lr": lr, "weight_decay": weight_decay, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
         super().__init__(params, defaults)
+        self._stagger(list(self._index))
+        self._hook()
+        self._built = True
 
     # ------------------------------------------------------------------------------------------- construction
 
@@ -136,18 +164,23 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             names = group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))])
-            _check_group(group, names)
+            check_group(group, names)
         except ValueError:
             self.param_groups.pop()
             raise
         for p in group["params"]:
+            self._group[p] = len(self.param_groups) - 1
             self._init_state(group, p)
+        if self._built:  # added later: staggered among themselves, those before keep their steps
+            self._stagger([p for p in group["params"] if p in self._index])
+        if self._backward:
+            self._backward.attach()
 
     def _init_state(self, group: dict[str, Any], p: Tensor) -> None:
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
         shape = p.shape
         if "rank" in group:
-            matrix = _matrix(p, group)
+            matrix = as_matrix(p, group)
             side = pick_side(matrix.shape, group["proj_type"])
             rank = effective_rank(group["rank"], matrix.shape)
             *batch, d, k = orient(matrix, side).shape
@@ -170,41 +203,66 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. `closure` is run with gradients enabled, its value returned."""
+        if hasattr(self, "grad_scale"):
+            raise ValueError(
+                f"GradScaler cannot unscale the gradients that gradients={self.gradients!r} took during the backward pass: "
+                "use bfloat16, which needs no scaler, or gradients='hold'"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        norms: list[Tensor] = []
-        waiting: list[tuple[dict[str, Any], Tensor, Tensor]] = []
-        for group, p in self._parameters():
-            if p.grad is None:
-                continue
-            if p.grad.is_sparse:
-                raise ValueError("sparse gradients are not supported: use nn.Embedding(sparse=False)")
-            R = self.project(group, p)
-            norms.append(torch.linalg.vector_norm(R, dtype=torch.promote_types(R.dtype, torch.float32)))
-            if self.max_grad_norm is None:  # nothing to wait for: R lives for one parameter only
-                self.apply(group, p, R.masked_fill_(~norms[-1].isfinite(), 0))
-            else:
-                waiting.append((group, p, R))
-        if norms:
-            self.grad_norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-        if self.max_grad_norm is not None:
-            finite = self.grad_norm.isfinite()
-            clip = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-            for group, p, R in waiting:
-                R.mul_(clip.to(R.device)).masked_fill_(~finite.to(R.device), 0)
-                self.apply(group, p, R)
+        if self.max_grad_norm is not None and self.prepared is None:
+            self.prepare()
+        norms = list(self._backward.updated.values()) if self._backward else []
+        # Without anything to wait for, R lives for one parameter only.
+        for group, p, R, norm in self._low_rank_gradients() if self.prepared is None else self.prepared:
+            norms.append(norm)
+            if self.max_grad_norm is not None:  # the norm that decides is that of all
+                norm = self.grad_norm.to(R.device)
+                R.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch.nn.utils.clip_grad_norm_
+            self.apply(group, p, R.masked_fill_(~norm.isfinite(), 0))
+        self.grad_norm = self._total(norms)
+        self._end_step()
         return loss
 
-    def project(self, group: dict[str, Any], p: Tensor) -> Tensor:
+    @torch.no_grad()
+    def prepare(self, loss: Tensor | None = None) -> Tensor:
+        """All of `step()` that comes before the first weight changes; returns `grad_norm`.
+
+        For a loop that skips a step whole when its loss or a gradient is not finite, with nothing changed, no basis either:
+
+            norm = optimizer.prepare(loss)
+            if torch.isfinite(norm + loss):     # one host sync
+                optimizer.step()
+            optimizer.zero_grad()
+
+        Bases that are due are refreshed here, only if every gradient, and `loss` where it is given, is finite (a host sync, on
+        steps with a refresh). In `update` mode the hooks have refreshed and updated already: the norm is what they saw.
+        """
+        refresh = True
+        if any(p.grad is not None and self.refresh_due(p) for p in self._index):
+            seen = [norm_of(p.grad) for _, p in self._parameters() if p.grad is not None]
+            seen += [norm_of(R) for R in (self._backward.low_rank.values() if self._backward else ())]
+            refresh = bool(self._total(seen if loss is None else [*seen, loss.detach().float()]).isfinite())
+        self.prepared = list(self._low_rank_gradients(refresh))
+        norms = list(self._backward.updated.values()) if self._backward else []
+        self.grad_norm = self._total([*norms, *(norm for *_, norm in self.prepared)])
+        return self.grad_norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; forgets the low-rank gradients of `project` mode too."""
+        super().zero_grad(set_to_none)
+        self._end_step()
+
+    def project(self, group: dict[str, Any], p: Tensor, refresh: bool = True) -> Tensor:
         """R (r, k) of a projected parameter, after the refresh if one is due; of a dense one p.grad itself."""
         assert p.grad is not None
         if "rank" not in group:
             return p.grad
-        G, Q = _matrix(p.grad.contiguous(), group), self.state[p]["basis"]
+        G, Q = as_matrix(p.grad.contiguous(), group), self.state[p]["basis"]
         side = pick_side(G.shape, group["proj_type"])
-        if self._refresh_due(group, p):
+        if refresh and self.refresh_due(p):
             self._refresh_basis(p, G, side, Q)
         R = project(orient(G, side), Q.to(G.dtype))
         return mask_null_directions(R) if self.mask_null else R
@@ -223,21 +281,63 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 p.mul_(keep)
             p.add_(U, alpha=-size)
             return
-        Q, W = state["basis"], _matrix(p, group)
+        Q, W = state["basis"], as_matrix(p, group)
         W = orient(W, pick_side(W.shape, group["proj_type"]))
         product = W.addmm_ if W.ndim == 2 else W.baddbmm_
         product(Q.to(W.dtype), U.to(W.dtype), beta=keep, alpha=-size * group["scale"])
 
+    def _low_rank_gradients(self, refresh: bool = True) -> Iterator[Prepared]:
+        """(group, p, R, norm of R) of every parameter with a gradient, each as it is asked for."""
+        taken = self._backward.low_rank if self._backward else {}
+        for _, p in self._parameters():
+            if self._backward:
+                self._backward.check(p)
+            if p.grad is not None and p.grad.is_sparse:
+                raise ValueError("sparse gradients are not supported: use nn.Embedding(sparse=False)")
+        for group, p in self._parameters():
+            if p in taken:
+                R = mask_null_directions(taken.pop(p)) if self.mask_null else taken.pop(p)
+            elif p.grad is not None:
+                R = self.project(group, p, refresh)
+            else:
+                continue
+            if self.gradients == "update" or (self.gradients == "project" and "rank" in group):
+                p.grad = None
+            yield group, p, R, norm_of(R)
+
+    @staticmethod
+    def _total(norms: Sequence[Tensor]) -> Tensor:
+        """The norm of all, from the norms of the parts, on the device of the first."""
+        if not norms:
+            return torch.zeros(())
+        total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        return total
+
+    def _end_step(self) -> None:
+        self.prepared = None
+        if self._backward:
+            self._backward.clear()
+            self._backward.attach()
+
     # ------------------------------------------------------------------------------------------------ refresh
 
-    def _refresh_due(self, group: dict[str, Any], p: Tensor) -> bool:
-        step: int = self._steps[p]
-        gap: int = group["update_proj_gap"]
-        if self.refresh.first == "gradient":
-            # A first gradient of zero (a zero-initialised layer above) finds no basis: then the next one does.
-            return step % gap == 0 or self._refreshes[p] == 0
-        offset = self._index[p] * min(self.refresh.stagger or gap, gap) // len(self._index)
-        return step >= offset and (step - offset) % gap == 0
+    def refresh_due(self, p: Tensor) -> bool:
+        """Whether the next step of the projected parameter p finds it a new basis; known to the host."""
+        after: int = self._steps[p] - self.first_refresh(p)
+        if self.refresh.first == "gradient" and self._refreshes[p] == 0:
+            return (
+                True  # a first gradient of zero (a zero-initialised layer above) finds no basis: then the next one does
+            )
+        return after >= 0 and after % self.group_of(p)["update_proj_gap"] == 0
+
+    def first_refresh(self, p: Tensor) -> int:
+        """The step of p's first refresh; the next ones come every `update_proj_gap` steps."""
+        return 0 if self.refresh.first == "gradient" else self._offset[p]
+
+    def _stagger(self, parameters: Sequence[Tensor]) -> None:
+        for i, p in enumerate(parameters):
+            gap = self.group_of(p)["update_proj_gap"]
+            self._offset[p] = i * min(self.refresh.stagger or gap, gap) // len(parameters)
 
     def _refresh_basis(self, p: Tensor, G: Tensor, side: Side, Q: Tensor) -> None:
         """Q <- the projector's basis for G, in place; untouched if G is zero or not finite (looking at G is a host sync)."""
@@ -254,6 +354,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """One seed for each (parameter, refresh), the same on every process and after a resume."""
         return ((self.refresh.seed * 1_000_003 + self._index[p]) * 1_000_003 + self._refreshes[p]) % 2**63
 
+    def group_of(self, p: Tensor) -> dict[str, Any]:
+        """The parameter group that p is in."""
+        group: dict[str, Any] = self.param_groups[self._group[p]]
+        return group
+
     def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self.param_groups:
             for p in group["params"]:
@@ -267,7 +372,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         torch would cast every state tensor to its parameter's dtype: fp32 moments of bf16 weights would lose 16 bits.
         Raises ValueError when groups, ranks or state shapes differ: nothing is loaded then.
         """
-        own = [p for group in self.param_groups for p in group["params"]]
+        if self._backward and self._backward.low_rank:
+            raise ValueError(
+                "gradients wait for step(), in the basis of now: call zero_grad() before load_state_dict()"
+            )
+        own = [p for _, p in self._parameters()]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         if len(own) != len(saved):
             raise ValueError(
@@ -292,53 +401,17 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._steps = {p: int(self.state[p]["step"]) for p in own}
         self._refreshes = {p: int(self.state[p]["refreshes"]) for p in self._index}
 
+    def _hook(self) -> None:
+        if self.gradients != "hold":
+            self._step_supports_amp_scaling = True  # GradScaler then tells step() that it is there, which raises
+            self._backward = Backward(self)
+            self._backward.attach()
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()  # torch's keeps only groups and state: a deep copy would lose rule and projector
+        # torch's keeps only groups and state: a deep copy would lose rule and projector. Hooks belong to this object alone.
+        return {**self.__dict__, "_backward": None}
 
-
-def _matrix(X: Tensor, group: dict[str, Any]) -> Tensor:
-    """A parameter or its gradient as a matrix or a batch of matrices: a view of the same memory."""
-    if group.get("view", "matrix") == "conv":
-        return X.view(X.shape[0], -1)
-    return X if X.ndim <= 3 else X.view(-1, *X.shape[-2:])
-
-
-def _check_group(group: dict[str, Any], names: list[str]) -> None:
-    for key in ("lr", "weight_decay"):
-        value = float(group[key])
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{key}={value!r} must be a number of at least 0")
-    for name, p in zip(names, group["params"], strict=True):
-        if not p.is_floating_point():
-            raise ValueError(f"{name} of dtype {p.dtype} cannot be trained: use a real floating dtype")
-    if "rank" not in group:
-        return
-    _check_whole("rank", group["rank"])
-    _check_whole("update_proj_gap", group["update_proj_gap"])
-    check_proj_type(group["proj_type"])
-    if isinstance(group["scale"], (str, bool)) or not math.isfinite(group["scale"]):
-        raise ValueError(f"scale={group['scale']!r} must be a number: 0.25 is the paper's")
-    view = group.get("view", "matrix")
-    if view not in VIEWS:
-        raise ValueError(f"view={view!r} is unknown: use one of {', '.join(VIEWS)}")
-    for name, p in zip(names, group["params"], strict=True):
-        shape = tuple(p.shape)
-        if p.numel() == 0:
-            raise ValueError(f"{name} of shape {shape} is empty: leave it out of groups with a rank")
-        if p.ndim < 2:
-            raise ValueError(f"{name} of shape {shape} is no matrix: put it in a group without rank")
-        if p.ndim > 2 and view == "matrix":
-            raise ValueError(
-                f"{name} of shape {shape} is no matrix: set view='conv' (first x rest) or view='batch' in its group"
-            )
-        if p.ndim == 2 and view == "batch":
-            raise ValueError(f"{name} of shape {shape} is one matrix: drop view='batch' from its group")
-        if not p.is_contiguous():
-            raise ValueError(
-                f"{name} of shape {shape} is not contiguous: call .contiguous() before building the optimizer"
-            )
-
-
-def _check_whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._backward is None:
+            self._hook()

@@ -1,15 +1,16 @@
 """Presets: ProjectedOptimizer with a rule, a few lines each.
 
 All take parameter groups (`param_groups(model, rank=...)`), the learning rate and `ProjectedOptimizer`'s own keywords
-(projector, refresh, weight_decay, max_grad_norm, state_dtype, basis_dtype).
+(projector, refresh, gradients, weight_decay, max_grad_norm, state_dtype, basis_dtype).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
-from subspan.optim.optimizer import ProjectedOptimizer
+from subspan.optim.optimizer import ProjectedOptimizer, Refresh
 from subspan.optim.projectors import SVD
 from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
 
@@ -75,9 +76,12 @@ def paper(
     """GaLore as the authors' code computes it, and so as the published numbers were made.
 
     Exact SVD of the current gradient every T steps, state in the parameter's dtype, eps 1e-6 before the bias correction,
-    weight decay after the update, square matrices on the right, rounding noise not masked.
+    weight decay after the update, square matrices on the right, rounding noise not masked, the first basis from the gradient
+    in every mode of `gradients`.
     """
     rule = Adam(tuple(betas), eps, uncorrected_eps=True)  # type: ignore[arg-type]
+    refresh = kwargs.pop("refresh", None) or Refresh()
+    kwargs["refresh"] = replace(refresh, first=refresh.first or "gradient")
     own = {"projector": SVD(), "state_dtype": None, "decay_after_update": True, "mask_null": False}
     return ProjectedOptimizer(params, lr, rule=rule, **{**own, **kwargs})
 

@@ -1,0 +1,124 @@
+"""Gradient lifetime: the backward hooks of one optimizer, so that full gradients need not wait for step().
+
+    hold       no hook: gradients live until the caller frees them.
+    project    R += Q^T A as soon as a gradient is there, then p.grad = None. Exact over micro-batches, because projection is
+               linear and a basis never changes between two of them. A matrix whose basis is due for a refresh keeps its
+               full gradient until step(), and dense parameters keep theirs.
+    update     the weight is updated and p.grad freed at once: no accumulation, no clipping over all gradients.
+
+The hooks are torch's `register_post_accumulate_grad_hook`. They know the optimizer weakly: an optimizer that is gone leaves
+gradients alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from subspan.optim.groups import as_matrix
+from subspan.optim.projectors import orient, pick_side, project
+
+if TYPE_CHECKING:
+    from subspan.optim.optimizer import ProjectedOptimizer
+
+Gradients = Literal["hold", "project", "update"]
+
+
+class Backward:
+    """The hooks, and what they leave for step(): low-rank gradients, or the norms of gradients already used.
+
+    `low_rank`: p -> R (r, k), in the gradient's dtype, summed over backward passes (`project`).
+    `updated`: p -> norm of its (low-rank) gradient, 0-d (`update`).
+    """
+
+    def __init__(self, optimizer: ProjectedOptimizer) -> None:
+        self.optimizer = weakref.ref(optimizer)
+        self.low_rank: dict[Tensor, Tensor] = {}
+        self.updated: dict[Tensor, Tensor] = {}
+        self.handles: dict[Tensor, RemovableHandle] = {}
+        weakref.finalize(optimizer, Backward.detach, self).atexit = False
+
+    def attach(self) -> None:
+        """Hook every trainable parameter that has no hook yet; cheap enough to be called every step."""
+        optimizer = self.optimizer()
+        assert optimizer is not None
+        receive = {"project": self._project, "update": self._update}[optimizer.gradients]
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and p not in self.handles:
+                    self.handles[p] = p.register_post_accumulate_grad_hook(receive)
+
+    def detach(self) -> None:
+        """Remove the hooks and what they kept."""
+        for handle in self.handles.values():
+            handle.remove()
+        self.handles.clear()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what the hooks kept since the last step."""
+        self.low_rank.clear()
+        self.updated.clear()
+
+    def check(self, p: Tensor) -> None:
+        """ValueError if somebody wrote p.grad after the hook had taken it."""
+        if p.grad is not None and (p in self.low_rank or p in self.updated):
+            raise ValueError(
+                "a gradient was written after its hook had taken it, as DistributedDataParallel does, whose buckets hold "
+                "every gradient: use gradients='hold' with it"
+            )
+
+    @torch.no_grad()
+    def _project(self, p: Tensor) -> None:
+        optimizer, G = self._take(p)
+        group = optimizer.group_of(p)
+        if "rank" not in group or (p not in self.low_rank and optimizer.refresh_due(p)):
+            return
+        G = as_matrix(G.contiguous(), group)
+        A = orient(G, pick_side(G.shape, group["proj_type"]))
+        Q = optimizer.state[p]["basis"].to(G.dtype)
+        R = self.low_rank.get(p)
+        if R is None:
+            self.low_rank[p] = project(A, Q)
+        else:
+            (R.addmm_ if R.ndim == 2 else R.baddbmm_)(Q.mT, A)
+        p.grad = None
+
+    @torch.no_grad()
+    def _update(self, p: Tensor) -> None:
+        optimizer, _ = self._take(p)
+        if p in self.updated:
+            raise ValueError(
+                "gradients='update' got a second gradient of a parameter before step(): call optimizer.step() after every "
+                "backward pass; for micro-batches, or a weight shared by blocks under reentrant activation "
+                "checkpointing, use gradients='project'"
+            )
+        group = optimizer.group_of(p)
+        R = optimizer.project(group, p)
+        self.updated[p] = norm = norm_of(R)
+        optimizer.apply(group, p, R.masked_fill_(~norm.isfinite(), 0))
+        p.grad = None
+
+    def _take(self, p: Tensor) -> tuple[ProjectedOptimizer, Tensor]:
+        optimizer = self.optimizer()
+        assert optimizer is not None  # or `finalize` had removed the hook
+        if p.grad is None:
+            raise ValueError(
+                "a parameter's gradient was taken before this optimizer's hook saw it, as by another optimizer over the "
+                "same parameters: delete that one first"
+            )
+        if optimizer.prepared is not None:
+            raise ValueError(
+                "a backward pass between prepare() and step() would be lost: call step() or zero_grad() first"
+            )
+        return optimizer, p.grad
+
+
+def norm_of(X: Tensor) -> Tensor:
+    """Euclidean norm of all elements, 0-d, in fp32 or wider."""
+    norm: Tensor = torch.linalg.vector_norm(X, dtype=torch.promote_types(X.dtype, torch.float32))
+    return norm
