@@ -21,7 +21,7 @@ NOT_IN_EVAL = {"valid_files", "valid_fraction", "split", "vocab_size", "num_work
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line `argv`, by default the process's own. Exits with code 2 after an error, 130 after Ctrl-C."""
+    """Run the command line `argv`, by default the process's own. Exit code 2 after an error, 130 after Ctrl-C, 143 SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = sys.argv[0] if Path(sys.argv[0]).name == "subspan" else "python -m subspan"
     try:
@@ -46,23 +46,30 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
     """The configuration that the words of `subspan train ...` mean, values checked; argv[0] is "train"."""
     parser, _ = _parsers()
     sections = parser.parse_args(list(argv)).train.as_dict()
-    return make_config({name: sections[name] for name in SECTIONS})
+    return make_config({name: sections[name] for name in (*SECTIONS, "resume")})
 
 
 def train_command(config: TrainConfig, command: str) -> None:
     """`subspan train`."""
+    from subspan.training.resume import Stopped
     from subspan.training.runlog import describe_summary
     from subspan.training.trainer import train
 
     _no_progress_bars()
-    print(f"\n{describe_summary(train(config), command)}")
+    try:
+        summary = train(config)
+    except Stopped as stopped:
+        print(f"subspan: {stopped.message(command)}", file=sys.stderr)
+        raise SystemExit(128 + stopped.signal_number) from None
+    print(f"\n{describe_summary(summary, command)}")
 
 
 def eval_command(config: TrainConfig | None, arguments: dict[str, Any]) -> None:
     """`subspan eval`: `config` is the run's, None where `arguments["model"]` is no run folder."""
+    from subspan.training.evaluation import evaluate
     from subspan.training.models import build_model
     from subspan.training.text import check_vocabulary, load_data
-    from subspan.training.trainer import evaluate, find_device
+    from subspan.training.trainer import find_device
 
     _no_progress_bars()
     run = Path(arguments["model"])
@@ -121,7 +128,7 @@ def _parsers() -> tuple[Any, Any]:
 
     train = new(
         exit_on_error=False,
-        usage="subspan train [--config RECIPE.yaml] [--SECTION.NAME VALUE ...]",
+        usage="subspan train [--config RECIPE.yaml] [--resume auto|FOLDER] [--SECTION.NAME VALUE ...]",
         description="Train a causal language model. Options on the command line win over the recipe. "
         "For example: subspan train --config recipes/cpu_9m.yaml --optim.rank 64 --run.out runs/rank64",
     )

@@ -18,26 +18,31 @@ LAYERS = {
     "optim.optimizer": 2,
     "optim.presets": 2,
     "memory": 3,
+    "training.checkpoint": 3,
     "training.config": 3,
     "training.corpus": 3,
     "training.data": 3,
+    "training.evaluation": 3,
     "training.models": 3,
     "training.runlog": 3,
+    "training.resume": 4,
     "training.text": 4,
     "training.trainer": 4,
     "cli": 5,
     "compat": 5,
 }
 # Presets are the optimizer with a rule; the optimizer reads groups and owns its hooks, which know its type; data and corpus,
-# trainer and text are one module each, cut in two for length.
+# trainer, text and resume are one module each, cut for length; a checkpoint asks memory whether a copy fits.
 SIBLINGS = {
     ("optim.presets", "optim.optimizer"),
     ("optim.optimizer", "optim.groups"),
     ("optim.optimizer", "optim.backward"),
     ("optim.backward", "optim.optimizer"),
     ("optim.backward", "optim.groups"),
+    ("training.checkpoint", "memory"),
     ("training.data", "training.corpus"),
     ("training.trainer", "training.text"),
+    ("training.trainer", "training.resume"),
 }
 TORCH_ALONE = {
     "optim.projectors",

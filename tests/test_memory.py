@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import resource
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
 import subspan
-from subspan.memory import count_memory, peak_memory
+from subspan.memory import available_memory, count_memory, peak_memory
 
 
 def blocks(*shapes, device="cpu", dtype=torch.float32):
@@ -63,3 +68,42 @@ def test_peak_memory_grows_with_an_allocation():
     block = torch.ones(64 * 2**20)  # 256 MiB
     assert peak_memory() - before > 200 * 2**20
     del block
+
+
+def system(root: Path, files: dict[str, str]) -> Path:
+    """A folder like / with these files."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_available_memory_is_the_least_of_three_limits(tmp_path, monkeypatch):
+    assert available_memory(tmp_path) is None
+    root = system(tmp_path, {"proc/meminfo": "MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:   5000 kB\n"})
+    assert available_memory(root) == 5000 * 1024
+
+    group = "sys/fs/cgroup/jobs"
+    system(root, {"proc/self/cgroup": "4:memory:/old\n0::/jobs/mine\n", f"{group}/mine/memory.max": "max\n"})
+    assert available_memory(root) == 5000 * 1024
+    system(
+        root,
+        {f"{group}/mine/memory.current": "10\n", f"{group}/memory.max": "900000", f"{group}/memory.current": "500000"},
+    )
+    assert available_memory(root) == 400_000
+    system(root, {f"{group}/memory.stat": "anon 400000\ninactive_file 100000\n"})  # file cache gives way
+    assert available_memory(root) == 500_000
+
+    system(root, {"proc/self/statm": "2 1 1 1 0 1 0\n"})
+    page = resource.getpagesize()
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (6 * page, 6 * page))
+    assert available_memory(root) == 4 * page
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (page, page))
+    assert available_memory(root) == 0
+
+
+def test_available_memory_of_this_machine():
+    room = available_memory()
+    if room is None:
+        pytest.skip("the system does not tell")
+    assert 0 < room < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from subspan.training import trainer
 from subspan.training.config import TrainConfig, load_config
 from subspan.training.data import PackedDataset
+from subspan.training.evaluation import evaluate
 from subspan.training.text import check_vocabulary, load_data
-from subspan.training.trainer import build_optimizer, evaluate, lr_factor, train
+from subspan.training.trainer import build_optimizer, lr_factor, train
 
 PRESETS = {  # a learning rate at which 20 steps of each learn something
     "galore": 0.02,
@@ -51,6 +52,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
     summary = train(config)
     run = tmp_path / "run"
     assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints",
         "config.yaml",
         "metrics.jsonl",
         "model",

@@ -106,6 +106,7 @@ def configure(
             update_proj_gap=GAP,
             scale=SCALE,
             projector=projector,
+            gradients="hold",
         ),
         run=RunConfig(
             out=str(out),
@@ -115,6 +116,7 @@ def configure(
             micro_batch=MICRO_BATCH,
             threads=1,  # two methods side by side on two cores: threads that wait for each other would lose both
             eval_every=0 if steps == SHORT else 250,
+            checkpoint_every=0,
             eval_sequences=256,
             log_every=50,
             seed=seed,

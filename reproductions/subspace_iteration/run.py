@@ -100,13 +100,14 @@ def main(steps: int = 151, threads: int = 1) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             model=ModelConfig(name="llama-60m", overrides={"num_hidden_layers": 4}),
-            optim=OptimConfig(lr=0.01, rank=128, update_proj_gap=GAP),
+            optim=OptimConfig(lr=0.01, rank=128, update_proj_gap=GAP, gradients="hold"),
             run=RunConfig(
                 out=f"{folder}/run",
                 steps=steps,
                 warmup_steps=20,
                 batch_size=BATCH,
                 eval_every=0,
+                checkpoint_every=0,
                 eval_sequences=64,
                 autocast=True,
                 export=False,

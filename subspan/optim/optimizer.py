@@ -344,7 +344,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         begin = time.perf_counter()
         largest = float(torch.linalg.vector_norm(G, ord=math.inf))
         if math.isfinite(largest) and largest > 0:
-            warm = self._refreshes[p] > 0 or self.refresh.first == "random"
+            warm = self._refreshes[p] > 0  # a random first basis knows nothing of the gradient
             self._refreshes[p] += 1
             self.state[p]["refreshes"].add_(1)
             Q.copy_(self.projector.basis(G, side, Q.shape[-1], Q if warm else None, self._seed(p)))

@@ -15,6 +15,7 @@ from subspan.extras import require
 
 Preset = Literal["galore", "paper", "galore_adafactor", "galore_lion", "galore_sgd", "adamw"]
 ProjectorName = Literal["subspace_iteration", "svd", "randomized_svd", "random"]
+Gradients = Literal["hold", "project", "update"]
 
 
 @dataclass
@@ -129,6 +130,8 @@ class OptimConfig:
     """side of the matrix that is projected: std is the short one"""
     projector: ProjectorName | None = None
     """how the subspace is found; null: what the preset uses"""
+    gradients: Gradients = "project"
+    """hold: full gradients until the step, project: only their projections, update: none, the backward pass updates weights"""
     targets: list[str] | None = None
     """patterns of parameter names to project; null: the linear layers of attention and MLP"""
     betas: list[float] | None = None
@@ -151,10 +154,16 @@ class OptimConfig:
         _check_whole("optim.update_proj_gap", self.update_proj_gap, minimum=1)
         _check_choice("optim.proj_type", self.proj_type, ("std", "reverse_std", "left", "right"))
         _check_choice("optim.projector", self.projector, (None, *get_args(ProjectorName)))
+        _check_choice("optim.gradients", self.gradients, get_args(Gradients))
         _check_number("optim.weight_decay", self.weight_decay, at_least=0)
         _check_number("optim.eps", self.eps, at_least=0, optional=True)
         _check_number("optim.max_grad_norm", self.max_grad_norm, at_least=0, optional=True)
         _check_choice("optim.state_dtype", self.state_dtype, (None, "float32", "bfloat16"))
+        if self.gradients == "update" and self.max_grad_norm:
+            raise ValueError(
+                f"optim.max_grad_norm={self.max_grad_norm} needs all gradients, which optim.gradients=update never sees "
+                "together: use optim.gradients=project or drop optim.max_grad_norm"
+            )
         if self.betas is not None and not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
             raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1), such as [0.9, 0.999]")
         for name, value, presets in (
@@ -173,7 +182,7 @@ class RunConfig:
     """How long, on what and where to."""
 
     out: str = "runs/subspan"
-    """run folder to make; it may not hold anything yet"""
+    """run folder to make; it may not hold anything yet, unless the run is resumed"""
     steps: int = 1000
     """optimizer steps"""
     warmup_steps: int = 100
@@ -188,6 +197,10 @@ class RunConfig:
     """steps between evaluations; 0: at the end only"""
     eval_sequences: int | None = None
     """validation sequences to use; null: all"""
+    checkpoint_every: int = 500
+    """steps between two checkpoints, and one at the end; 0: only when the run is stopped by Ctrl-C or SIGTERM"""
+    keep_checkpoints: int = 2
+    """checkpoints to keep, the newest ones"""
     log_every: int = 10
     """steps between two lines where there is no terminal for a progress bar"""
     seed: int = 0
@@ -209,6 +222,8 @@ class RunConfig:
         _check_whole("run.micro_batch", self.micro_batch, minimum=1, optional=True)
         _check_whole("run.eval_every", self.eval_every, minimum=0)
         _check_whole("run.eval_sequences", self.eval_sequences, minimum=1, optional=True)
+        _check_whole("run.checkpoint_every", self.checkpoint_every, minimum=0)
+        _check_whole("run.keep_checkpoints", self.keep_checkpoints, minimum=1)
         _check_whole("run.log_every", self.log_every, minimum=1)
         _check_whole("run.seed", self.seed, minimum=0)
         _check_whole("run.threads", self.threads, minimum=1, optional=True)
@@ -233,8 +248,15 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    resume: str | None = None
+    """auto: go on from the newest good checkpoint in run.out, or start; or the folder of a checkpoint or of a run"""
 
     def __post_init__(self) -> None:
+        if self.optim.gradients == "update" and self.run.micro_batch not in (None, self.run.batch_size):
+            raise ValueError(
+                f"run.micro_batch={self.run.micro_batch} makes several backward passes of a step, and "
+                "optim.gradients=update takes one: use optim.gradients=project"
+            )
         if self.run.autocast and self.model.dtype == "bfloat16":
             raise ValueError("run.autocast=true does nothing for weights of model.dtype=bfloat16: drop one of them")
         if self.data.dataset and self.run.eval_sequences is None:
@@ -248,7 +270,8 @@ SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": 
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write `config` as YAML that `subspan train --config` and `load_config` read."""
-    path.write_text(require("yaml", "train").safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    values = {**dataclasses.asdict(config), "resume": None}  # whether to resume is a decision of each start
+    path.write_text(require("yaml", "train").safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -259,9 +282,10 @@ def load_config(path: Path) -> TrainConfig:
         raise ValueError(f"{path} is not a configuration of subspan: {error}") from None
 
 
-def make_config(sections: dict[str, dict[str, Any]]) -> TrainConfig:
+def make_config(sections: dict[str, Any]) -> TrainConfig:
     """The configuration of plain values, section by section."""
-    return TrainConfig(**{name: SECTIONS[name](**values) for name, values in sections.items()})
+    made = {name: SECTIONS[name](**values) if name in SECTIONS else values for name, values in sections.items()}
+    return TrainConfig(**made)
 
 
 def _as_list(value: str | list[str] | None) -> list[str] | None:

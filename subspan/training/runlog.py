@@ -16,8 +16,9 @@ from subspan.extras import require
 class RunLog:
     """Makes the run folder; progress bar or plain lines, metrics.jsonl and TensorBoard events while the run lasts."""
 
-    def __init__(self, out: Path, *, steps: int, log_every: int) -> None:
-        self.out, self.steps, self.log_every = out, steps, log_every
+    def __init__(self, out: Path, *, steps: int, log_every: int, start: int = 0) -> None:
+        """`start`: the step of the checkpoint that the run goes on from; what was logged behind it is forgotten."""
+        self.out, self.steps, self.log_every, self.start = out, steps, log_every, start
         self.events: Any = None
         self.bar: Any = None
 
@@ -25,11 +26,14 @@ class RunLog:
         progress = require("rich.progress", "train")
         console = require("rich.console", "train").Console()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.metrics = (self.out / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
+        path = self.out / "metrics.jsonl"
+        kept = _lines_until(path, self.start) if self.start and path.is_file() else []
+        path.write_text("".join(kept), encoding="utf-8")
+        self.metrics = path.open("a", encoding="utf-8", buffering=1)
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.events = SummaryWriter(self.out / "tensorboard")
+            self.events = SummaryWriter(self.out / "tensorboard", purge_step=self.start + 1 if self.start else None)
         if console.is_terminal:
             columns = (
                 progress.TaskProgressColumn(),
@@ -37,7 +41,7 @@ class RunLog:
                 progress.BarColumn(None),
             )
             self.bar = progress.Progress(*columns, console=console, expand=True)
-            self.task = self.bar.add_task("first step", total=self.steps)
+            self.task = self.bar.add_task("first step", total=self.steps, completed=self.start)
             self.bar.start()
         return self
 
@@ -108,13 +112,25 @@ def new_run_folder(name: str) -> Path:
     """The path of a run folder that can be made or is empty; ValueError otherwise. Nothing is made yet."""
     out = Path(name).expanduser()
     if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"run folder {out} exists and is not empty: name another with --run.out, or remove it")
+        raise ValueError(
+            f"run folder {out} exists and is not empty: name another with --run.out, or go on with --resume auto"
+        )
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not parent.is_dir():
         raise ValueError(f"run folder {out} cannot be made, {parent} is a file: name another with --run.out")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"run folder {out} cannot be made, {parent} is not writable: name another with --run.out")
     return out
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The lines of a metrics.jsonl up to `step`; one that a killed run left half-written is behind them."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    return kept
 
 
 def json_ready(value: Any) -> Any:

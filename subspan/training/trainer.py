@@ -1,4 +1,4 @@
-"""The training loop, evaluation, and what a run leaves behind. `train` reads top to bottom."""
+"""The training loop and what a run leaves behind. `train` reads top to bottom."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,23 @@ from subspan.optim.groups import describe_groups, param_groups
 from subspan.optim.optimizer import Refresh
 from subspan.optim.presets import PRESETS
 from subspan.optim.projectors import SVD, Random, RandomizedSVD, SubspaceIteration
+from subspan.training.checkpoint import Checkpointer, load
 from subspan.training.config import RunConfig, TrainConfig, save_config
-from subspan.training.data import make_loader
+from subspan.training.data import StreamDataset, make_loader
+from subspan.training.evaluation import EvalResult, evaluate, to_device, trained_tokens
 from subspan.training.models import build_model, model_config
-from subspan.training.runlog import RunLog, json_ready, new_run_folder
-from subspan.training.text import Batch, check_vocabulary, load_data, tokenizer_name
+from subspan.training.resume import (
+    CHECKPOINTS,
+    Interrupted,
+    Progress,
+    Stopped,
+    StopSignal,
+    check_text,
+    find_start,
+    text_identity,
+)
+from subspan.training.runlog import RunLog, json_ready
+from subspan.training.text import check_vocabulary, load_data, tokenizer_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,6 +76,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         optim.lr,
         weight_decay=optim.weight_decay,
         refresh=Refresh(seed=config.run.seed),
+        gradients=optim.gradients,
         **{key: value for key, value in given.items() if value is not None},
     )
 
@@ -73,11 +86,12 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
 
     build_optimizer: what makes the optimizer. A benchmark gives its own and gets the same data, schedule and loop.
 
-    Raises ValueError (one line) for anything in `config` that does not fit the text, the model or the machine, before the
-    run folder exists; FloatingPointError when `MAX_SKIPPED` steps in a row are not finite.
+    Raises ValueError (one line) for anything in `config` that does not fit the text, the model, the machine or the checkpoint,
+    before the run folder is touched; Stopped when Ctrl-C or SIGTERM asked for it, with everything saved;
+    FloatingPointError when `MAX_SKIPPED` steps in a row are not finite.
     """
     run = config.run
-    out = new_run_folder(run.out)
+    out, checkpoint = find_start(config)
     device = find_device(run.device)
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -90,8 +104,6 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     assert corpus.train is not None
     micro_batch = run.micro_batch or run.batch_size
     accumulation = run.batch_size // micro_batch
-    loader = make_loader(corpus.train, batch_size=micro_batch, seed=run.seed, num_workers=config.data.num_workers)
-    batches = iter(loader)  # endless
     valid = corpus.valid_loader(micro_batch, run.eval_sequences)
 
     model = build_model(
@@ -112,6 +124,26 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     optimizer = build_optimizer(model, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
+    gradients = getattr(optimizer, "gradients", "hold")
+    if gradients != "hold" and getattr(model, "_compiled_call_impl", None):
+        print(
+            f"warning: a model compiled as a whole keeps every gradient alive in spite of {gradients=}: compile its blocks"
+        )
+
+    progress = Progress(text=text_identity(config, corpus.sha256))
+    if checkpoint:
+        saved = Progress(**load(checkpoint, model, optimizer))
+        check_text(checkpoint, saved.text, progress.text)
+        progress = saved
+    stream = corpus.train if isinstance(corpus.train, StreamDataset) else None
+    if stream and isinstance(progress.position, dict):
+        stream.load_state_dict(progress.position)
+    start = progress.position if isinstance(progress.position, int) else 0
+    batches = iter(  # endless
+        make_loader(
+            corpus.train, batch_size=micro_batch, seed=run.seed, start=start, num_workers=config.data.num_workers
+        )
+    )
 
     print(f"text   {corpus.description}")
     changed = "".join(f" {key}={value}" for key, value in config.model.overrides.items())
@@ -121,12 +153,24 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     print(f"{describe_groups(optimizer.param_groups)}\n")
     print(f"memory, without activations\n{count_memory(model, optimizer)}\n", flush=True)
 
-    tokens = skipped = skipped_in_a_row = 0
-    first_loss: float | None = None
-    seconds = 0.0  # of training: evaluation is not counted
-    with RunLog(out, steps=run.steps, log_every=run.log_every) as log:
+    with (
+        RunLog(out, steps=run.steps, log_every=run.log_every, start=progress.step) as log,
+        StopSignal(log.say) as stop,
+    ):
         save_config(config, out / "config.yaml")
-        for step in range(1, run.steps + 1):
+        checkpointer = Checkpointer(out / CHECKPOINTS, keep=run.keep_checkpoints, say=log.say)
+
+        def validate(step: int) -> EvalResult:
+            result = evaluate(model, stop.until_asked(valid), autocast=run.autocast)
+            log.evaluation(step, tokens=progress.tokens, valid_loss=result.loss, perplexity=result.perplexity)
+            return result
+
+        def save_and_stop(signal_number: int) -> Stopped:
+            checkpointer.save(progress.step, model, optimizer, dataclasses.asdict(progress))
+            checkpointer.wait()
+            return Stopped(out, progress.step, run.steps, signal_number)
+
+        for step in range(progress.step + 1, run.steps + 1):
             begin = time.perf_counter()
             for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
                 group["lr"] = peak * lr_factor(step, run)
@@ -138,38 +182,47 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                 if not count:
                     continue  # the mean over no tokens is not a number
                 with torch.autocast(device.type, torch.bfloat16, enabled=run.autocast):
-                    mean = model(**_to(batch, device), use_cache=False).loss
+                    mean = model(**to_device(batch, device), use_cache=False).loss
                 part = mean * (count / sum(counts))  # so that the parts add up to the mean over the step's tokens
-                part.backward()
                 loss += part.detach()
+                if gradients == "update" and not loss.isfinite():
+                    break  # the backward pass would change weights: here alone the loss is looked at before it
+                part.backward()
 
-            # The only host sync of a step.
-            loss_value, norm_value = torch.stack([loss, gradient_norm(parameters)]).tolist()
+            # The only host sync of a step, refreshes aside.
+            norm = optimizer.prepare(loss) if hasattr(optimizer, "prepare") else gradient_norm(parameters)
+            loss_value, norm_value = torch.stack([loss, norm.to(device)]).tolist()
             finite = math.isfinite(loss_value) and math.isfinite(norm_value)
             if finite:
                 _clip(optimizer, parameters, norm_value, config.optim.max_grad_norm)
                 optimizer.step()
             optimizer.zero_grad()
 
-            seconds += (duration := time.perf_counter() - begin)
-            tokens += sum(counts) if finite else 0
-            first_loss = loss_value if first_loss is None else first_loss
-            skipped += not finite
-            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            duration = time.perf_counter() - begin
+            progress.step = step
+            progress.seconds += duration  # of training: evaluation is not counted
+            progress.tokens += sum(counts) if finite else 0
+            progress.skipped += not finite
+            progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+            progress.first_loss = loss_value if progress.first_loss is None else progress.first_loss
+            progress.position = stream.state_dict() if stream else start + run.batch_size
+            start += run.batch_size
             log.step(
                 step,
-                tokens=tokens,
+                tokens=progress.tokens,
                 loss=loss_value,
                 lr=optimizer.param_groups[0]["lr"],
                 grad_norm=norm_value,
                 tokens_per_second=sum(counts) / duration,
                 peak_memory_bytes=peak_memory(device),
-                seconds=seconds,
-                skipped=skipped,
+                seconds=progress.seconds,
+                skipped=progress.skipped,
             )
             if not finite:
-                log.say(f"step {step}: loss {loss_value:g}, gradient norm {norm_value:g}: skipped, nothing was updated")
-            if skipped_in_a_row == MAX_SKIPPED:
+                partly = gradients == "update" and math.isfinite(loss_value)
+                what = "gradients that are not finite counted as zero" if partly else "skipped, nothing was updated"
+                log.say(f"step {step}: loss {loss_value:g}, gradient norm {norm_value:g}: {what}")
+            if progress.skipped_in_a_row == MAX_SKIPPED:
                 raise FloatingPointError(
                     f"loss or gradient was not finite for {MAX_SKIPPED} steps in a row, up to step {step}: "
                     "lower --optim.lr, set --optim.max_grad_norm 1.0, or use --model.dtype float32"
@@ -179,20 +232,32 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                     f"warning: a step trains on {sum(counts)} tokens, fewer than optim.rank={config.optim.rank}: its gradient "
                     "cannot fill the subspace, raise --run.batch_size or lower --optim.rank"
                 )
-            if step == run.steps or (run.eval_every and step % run.eval_every == 0):
-                result = evaluate(model, valid, autocast=run.autocast)
-                log.evaluation(step, tokens=tokens, valid_loss=result.loss, perplexity=result.perplexity)
+            if run.eval_every and step % run.eval_every == 0 and step < run.steps:
+                with suppress(Interrupted):
+                    validate(step)
+            if stop.number is not None:
+                raise save_and_stop(stop.number)
+            if run.checkpoint_every and (step % run.checkpoint_every == 0 or step == run.steps):
+                checkpointer.save(step, model, optimizer, dataclasses.asdict(progress))
+        try:
+            result = validate(run.steps)
+        except Interrupted:
+            raise save_and_stop(stop.number or 0) from None
+        try:
+            checkpointer.wait()
+        except OSError as error:
+            log.say(str(error))  # the result is still to be written, so this is no reason to end
 
     summary = {
         "valid_loss": result.loss,
         "perplexity": result.perplexity,
         "valid_tokens": result.tokens,
-        "first_loss": first_loss,
+        "first_loss": progress.first_loss,
         "steps": run.steps,
-        "skipped_steps": skipped,
-        "tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "skipped_steps": progress.skipped,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / progress.seconds,
         "refresh_seconds": getattr(optimizer, "refresh_seconds", None),
         "parameters": count_parameters(model),
         "bytes": dataclasses.asdict(count_memory(model, optimizer)),
@@ -206,58 +271,6 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
         _export(model, corpus.tokenizer, out / "model")
     (out / "summary.json").write_text(json.dumps(json_ready(summary), indent=2) + "\n", encoding="utf-8")
     return summary
-
-
-# ------------------------------------------------------------------------------------------------------ evaluation
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Mean loss in nats over `tokens` tokens, or as `paper_compatible` defines it."""
-
-    loss: float
-    tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, loader: Iterable[Batch], *, paper_compatible: bool = False, autocast: bool = False
-) -> EvalResult:
-    """Loss of a causal LM over `loader`: every token weighs the same, logits are cast to fp32 first.
-
-    paper_compatible: the published number instead, the sum of N batch means over N + 1 (jiaweizzhao/GaLore counts batches
-    from 1). It is lower than the loss by a factor N / (N + 1), so it depends on the batch size.
-    autocast: bfloat16 arithmetic in the model, as in a run with run.autocast.
-    """
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    sums: list[Tensor] = []
-    counts: list[int] = []
-    for batch in loader:
-        inputs = _to(batch, device)
-        labels = inputs.pop("labels")[:, 1:]
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-        sums.append(nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum"))
-        counts.append(trained_tokens(batch["labels"]))
-    model.train(training)
-    if not sum(counts):
-        raise ValueError("the validation text has no token to predict: give more text with --data.valid_files")
-    losses = torch.stack(sums).tolist()  # one host sync for all batches
-    if paper_compatible:
-        means = [loss / count for loss, count in zip(losses, counts, strict=True) if count]
-        return EvalResult(sum(means) / (len(means) + 1), sum(counts))
-    return EvalResult(sum(losses) / sum(counts), sum(counts))
-
-
-def trained_tokens(labels: Tensor) -> int:
-    """Tokens that a causal LM's loss counts in labels (B, L): not those labelled -100, nor the first, which nothing predicts."""
-    return int((labels[:, 1:] != -100).sum())
 
 
 # -------------------------------------------------------------------------------------------- schedule and small parts
@@ -301,10 +314,6 @@ def _clip(optimizer: Optimizer, parameters: Sequence[Tensor], norm: float, max_n
         for p in parameters:
             if p.grad is not None:
                 p.grad.mul_(max_norm / (norm + 1e-6))
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def count_parameters(model: nn.Module) -> int:

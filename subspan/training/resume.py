@@ -1,0 +1,136 @@
+"""Stopping and going on: signals, which checkpoint a run starts from, and what it remembers besides tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+from subspan.training.checkpoint import newest
+from subspan.training.config import TrainConfig
+from subspan.training.runlog import new_run_folder
+
+T = TypeVar("T")
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints, in its run folder."""
+
+
+class Stopped(Exception):
+    """A run ended before its end because a signal asked for it; everything is saved."""
+
+    def __init__(self, out: Path, step: int, steps: int, signal_number: int) -> None:
+        self.out, self.step, self.steps, self.signal_number = out, step, steps, signal_number
+        super().__init__(self.message())
+
+    def message(self, command: str = "subspan") -> str:
+        """What happened and how to go on; `command` is what to type for subspan."""
+        return (
+            f"stopped by {signal.Signals(self.signal_number).name} after step {self.step} of {self.steps}, all is saved; "
+            f"go on with: {command} train --config {shlex.quote(str(self.out / 'config.yaml'))} --resume auto"
+        )
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a request while it is entered, so that a step is finished and saved first.
+
+    A second Ctrl-C is an ordinary one. Outside the main thread, where Python has no signals, it never asks for anything.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.number: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+        self.say(f"{signal.Signals(number).name}: finishing this step and saving; Ctrl-C again stops at once")
+
+    def until_asked(self, items: Iterable[T]) -> Iterator[T]:
+        """`items`, up to the request: then `Interrupted`."""
+        for item in items:
+            if self.number is not None:
+                raise Interrupted
+            yield item
+
+
+class Interrupted(Exception):
+    """An evaluation was cut short by a request to stop."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands after `step` steps; all of it goes into a checkpoint, as JSON.
+
+    position: samples of the training text used so far, or the state of the stream that is read.
+    text: what the order of samples depends on, `text_identity`.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    first_loss: float | None = None
+    seconds: float = 0.0
+    position: int | dict[str, Any] = 0
+    text: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def text_identity(config: TrainConfig, sha256: str | None) -> dict[str, Any]:
+    """What must be equal for a position in the text to mean the same."""
+    data = config.data
+    stream = [data.dataset, data.dataset_config, data.split] if data.dataset else None
+    return {"sha256": sha256, "data.dataset": stream, "data.seq_len": data.seq_len, "run.seed": config.run.seed}
+
+
+def check_text(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """ValueError unless the run goes on with the text and order of the checkpoint."""
+    for key, value in there.items():
+        if here.get(key) != value:
+            what = (
+                "its training text is another one" if key == "sha256" else f"{key} was {value} and is {here.get(key)}"
+            )
+            raise ValueError(f"checkpoint {path} cannot be continued: {what}, so its position would mean other samples")
+
+
+def find_start(config: TrainConfig, say: Callable[[str], None] = print) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint to start from or None), as `config.resume` says; nothing is made yet. ValueError for a wrong one."""
+    out = Path(config.run.out).expanduser()
+    if config.resume is None:
+        return new_run_folder(config.run.out), None
+    if config.resume == "auto":
+        if not (out / "config.yaml").is_file():
+            return new_run_folder(config.run.out), None
+        start = newest(out / CHECKPOINTS, say)
+        say(f"resume: {start}" if start else f"resume: {out} has no good checkpoint, starting from the beginning")
+        return out, start
+    path = Path(config.resume).expanduser()
+    if (path / CHECKPOINTS).is_dir():
+        if (found := newest(path / CHECKPOINTS, say)) is None:
+            raise ValueError(f"resume={config.resume!r} has no good checkpoint: name another run or drop --resume")
+        path = found
+    elif not (path / "manifest.json").is_file():
+        raise ValueError(
+            f"resume={config.resume!r} is neither a checkpoint nor a run with checkpoints: use auto or a folder"
+        )
+    say(f"resume: {path}")
+    own = path.resolve().is_relative_to(out.resolve())  # a checkpoint of another run starts a new folder
+    return (out if own else new_run_folder(config.run.out)), path
