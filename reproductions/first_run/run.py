@@ -40,7 +40,7 @@ SEARCHED = {  # method: whose search it uses
     "galore_svd": "galore_subspace",
     "galore_torch": "galore_subspace",
 }
-LEARNING_RATES = {"adamw": (0.001, 0.0005, 0.002), "galore_subspace": (0.003, 0.01, 0.001)}
+LEARNING_RATES = {"adamw": (0.001, 0.0005, 0.00025), "galore_subspace": (0.003, 0.01, 0.001)}
 DENSE_LEARNING_RATES = (0.003, 0.001, 0.01)  # the first is used while lr is searched
 
 

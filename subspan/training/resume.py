@@ -112,7 +112,7 @@ def check_text(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
 
 
 def find_start(config: TrainConfig, say: Callable[[str], None] = print) -> tuple[Path, Path | None]:
-    """(run folder, checkpoint to start from or None), as `config.resume` says; nothing is made yet. ValueError for a wrong one."""
+    """(run folder, checkpoint to start from or None), as `config.resume` says; nothing is made yet. ValueError if wrong."""
     out = Path(config.run.out).expanduser()
     if config.resume is None:
         return new_run_folder(config.run.out), None
