@@ -321,6 +321,10 @@ def test_resuming_what_is_not_the_same_run_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message) as error:
             train(other)
         assert "\n" not in str(error.value)
+    other = config_of(tmp_path, steps=2, warmup_steps=1)
+    other.resume = "auto"
+    with pytest.raises(ValueError, match=r"run.steps=2 is less than the 3 steps of .*: raise it"):
+        train(other)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -453,8 +457,7 @@ def test_the_logged_norm_and_learning_rate_are_those_applied(tmp_path: Path, gra
 
 def test_the_command_line_stops_saves_and_goes_on(tmp_path: Path) -> None:
     """A process of its own, stopped by SIGTERM while it trains; resumed here with the command that it printed."""
-    config = config_of(tmp_path, steps=400, warmup_steps=1)
-    config.run.out = str(tmp_path / "run")
+    config = config_of(tmp_path, steps=400, warmup_steps=1, min_lr_ratio=1.0)  # the same rate, however many steps
     save_config(config, tmp_path / "recipe.yaml")
     words = ["train", "--config", str(tmp_path / "recipe.yaml"), "--resume", "auto"]
     process = subprocess.Popen(
@@ -477,3 +480,5 @@ def test_the_command_line_stops_saves_and_goes_on(tmp_path: Path) -> None:
     steps = stopped + 3
     main([*words, "--run.steps", str(steps), "--run.export", "false"])
     assert [line[0] for line in log(tmp_path / "run")] == [*range(1, steps + 1), steps]
+    train(config_of(tmp_path, out=str(tmp_path / "straight"), steps=steps, warmup_steps=1, min_lr_ratio=1.0))
+    assert log(tmp_path / "run") == log(tmp_path / "straight")

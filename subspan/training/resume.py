@@ -80,7 +80,7 @@ class Interrupted(Exception):
 class Progress:
     """Where a run stands after `step` steps; all of it goes into a checkpoint, as JSON.
 
-    position: samples of the training text used so far, or the state of the stream that is read.
+    samples: of the training text, used so far: the position in it, unless it is a stream, whose own state is `stream`.
     text: what the order of samples depends on, `text_identity`.
     """
 
@@ -90,7 +90,9 @@ class Progress:
     skipped_in_a_row: int = 0
     first_loss: float | None = None
     seconds: float = 0.0
-    position: int | dict[str, Any] = 0
+    refresh_seconds: float | None = None
+    samples: int = 0
+    stream: dict[str, Any] | None = None
     text: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

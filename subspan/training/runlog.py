@@ -28,7 +28,9 @@ class RunLog:
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "metrics.jsonl"
         kept = _lines_until(path, self.start) if self.start and path.is_file() else []
-        path.write_text("".join(kept), encoding="utf-8")
+        new = path.with_suffix(".new")  # a run that is killed here loses nothing
+        new.write_text("".join(kept), encoding="utf-8")
+        new.replace(path)
         self.metrics = path.open("a", encoding="utf-8", buffering=1)
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter

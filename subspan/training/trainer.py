@@ -134,16 +134,16 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     if checkpoint:
         saved = Progress(**load(checkpoint, model, optimizer))
         check_text(checkpoint, saved.text, progress.text)
+        if saved.step > run.steps:
+            raise ValueError(f"run.steps={run.steps} is less than the {saved.step} steps of {checkpoint}: raise it")
         progress = saved
+        optimizer.refresh_seconds = saved.refresh_seconds  # type: ignore[attr-defined]
     stream = corpus.train if isinstance(corpus.train, StreamDataset) else None
-    if stream and isinstance(progress.position, dict):
-        stream.load_state_dict(progress.position)
-    start = progress.position if isinstance(progress.position, int) else 0
-    batches = iter(  # endless
-        make_loader(
-            corpus.train, batch_size=micro_batch, seed=run.seed, start=start, num_workers=config.data.num_workers
-        )
-    )
+    if stream and progress.stream:
+        stream.load_state_dict(progress.stream)
+    start, workers = 0 if stream else progress.samples, config.data.num_workers
+    loader = make_loader(corpus.train, batch_size=micro_batch, seed=run.seed, start=start, num_workers=workers)
+    batches = iter(loader)  # endless
 
     print(f"text   {corpus.description}")
     changed = "".join(f" {key}={value}" for key, value in config.model.overrides.items())
@@ -165,8 +165,13 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
             log.evaluation(step, tokens=progress.tokens, valid_loss=result.loss, perplexity=result.perplexity)
             return result
 
-        def save_and_stop(signal_number: int) -> Stopped:
+        def save() -> None:
+            progress.stream = stream.state_dict() if stream else None
+            progress.refresh_seconds = getattr(optimizer, "refresh_seconds", None)
             checkpointer.save(progress.step, model, optimizer, dataclasses.asdict(progress))
+
+        def save_and_stop(signal_number: int) -> Stopped:
+            save()
             checkpointer.wait()
             return Stopped(out, progress.step, run.steps, signal_number)
 
@@ -205,8 +210,7 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
             progress.skipped += not finite
             progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
             progress.first_loss = loss_value if progress.first_loss is None else progress.first_loss
-            progress.position = stream.state_dict() if stream else start + run.batch_size
-            start += run.batch_size
+            progress.samples += run.batch_size
             log.step(
                 step,
                 tokens=progress.tokens,
@@ -238,7 +242,7 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
             if stop.number is not None:
                 raise save_and_stop(stop.number)
             if run.checkpoint_every and (step % run.checkpoint_every == 0 or step == run.steps):
-                checkpointer.save(step, model, optimizer, dataclasses.asdict(progress))
+                save()
         try:
             result = validate(run.steps)
         except Interrupted:
