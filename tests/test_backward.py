@@ -149,6 +149,25 @@ def test_tied_weights(gradients):
 
 
 @pytest.mark.parametrize("gradients", ["project", "update"])
+@pytest.mark.parametrize(("view", "shape"), [("conv", (6, 2, 3, 2)), ("batch", (3, 6, 8)), ("batch", (2, 2, 6, 8))])
+def test_weights_of_more_than_two_dimensions(gradients, view, shape):
+    """Two backward passes a step where the mode can."""
+    weights = []
+    for mode in ("hold", gradients):
+        p = nn.Parameter(torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape))
+        group = {"params": [p], "rank": 3, "update_proj_gap": GAP, "view": view}
+        optimizer = subspan.GaLoreAdamW([group], 0.02, gradients=mode, refresh=subspan.Refresh(first="random"))
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3 * GAP):
+            for _ in range(1 if gradients == "update" else 2):
+                (p.tanh() * torch.randn(shape, generator=generator)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(p)
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradients", ["project", "update"])
 def test_compiled_blocks(gradients):
     model, optimizer = build(gradients)
     for block in model.blocks:
