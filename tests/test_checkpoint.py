@@ -424,11 +424,27 @@ def test_a_run_that_was_set_back_does_not_delete_what_it_writes(tmp_path: Path) 
 
 
 def test_a_new_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
-    for name in (".step_00000003.tmp", ".step_00000001.old", "step_00000002", ".other", ".step_notes"):
+    for name in (
+        ".step_00000003.tmp",
+        ".step_00000001.gone",
+        ".step_00000002.old",
+        "step_00000002",
+        ".other",
+        ".step_notes",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
     write(tmp_path)
     assert names(tmp_path) == [".other", ".step_notes", "step_00000002"]
+
+
+def test_a_checkpoint_hidden_to_be_replaced_comes_back(tmp_path: Path) -> None:
+    """A run killed between the two renames of a checkpoint that is written again."""
+    write(tmp_path, 1, 2)
+    (tmp_path / "step_00000002").rename(tmp_path / ".step_00000002.old")
+    (tmp_path / ".step_00000003.gone").mkdir()
+    assert newest(tmp_path) == tmp_path / "step_00000002"
+    assert names(tmp_path) == [".step_00000003.gone", "step_00000001", "step_00000002"]
 
 
 def test_a_save_is_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,8 +222,10 @@ def test_a_finished_run_resumed_is_evaluated_again_and_can_be_extended(tmp_path:
     first = train(config)
     config.resume = "auto"
     assert train(config)["valid_loss"] == first["valid_loss"]
+    assert [line[0] for line in log(tmp_path / "run")] == [*range(1, 27), 26]  # one evaluation, made again
     config.run.steps = 30
     assert train(config)["steps"] == 30
+    assert [line[0] for line in log(tmp_path / "run")] == [*range(1, 31), 30]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
@@ -234,7 +236,32 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     save_config(config, tmp_path / "run" / "config.yaml")
     config.resume = "auto"
     train(config)
-    assert "no good checkpoint, starting from the beginning" in capsys.readouterr().out
+    assert "no checkpoint yet, starting from the beginning" in capsys.readouterr().out
+
+
+def test_a_run_killed_while_it_writes_its_first_file_starts_again(tmp_path: Path) -> None:
+    config = config_of(tmp_path, steps=3, warmup_steps=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.new").touch()
+    config.resume = "auto"
+    train(config)
+    assert not (tmp_path / "run" / "config.new").exists()
+
+
+def test_the_folder_is_known_as_a_run_before_anything_else_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        assert (tmp_path / "run" / "config.yaml").exists()
+        raise MemoryError
+
+    config = config_of(tmp_path, steps=3, warmup_steps=1)
+    config.resume = "auto"
+    monkeypatch.setattr(trainer.RunLog, "__enter__", killed)
+    with pytest.raises(MemoryError):
+        train(config)
+    monkeypatch.undo()
+    train(config)
 
 
 def test_a_signal_during_evaluation_does_not_wait_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +276,15 @@ def test_a_signal_during_evaluation_does_not_wait_for_its_end(tmp_path: Path, mo
     monkeypatch.setattr(trainer, "evaluate", slow)
     with pytest.raises(Stopped, match="after step 4 "):
         train(config)
-    config.run.eval_every = 0
     config.resume = "auto"
+    with pytest.raises(Stopped, match="after step 4 "):  # in the evaluation of step 4, which is made up for
+        train(config)
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    with pytest.raises(Stopped, match="after step 6 "):
+        train(config, stop_after(2))
+    assert [line[0] for line in log(tmp_path / "run")] == [1, 2, 3, 4, 4, 5, 6]
+    config.run.eval_every = 0
+    monkeypatch.setattr(trainer, "evaluate", slow)
     with pytest.raises(Stopped, match="after step 26 "):  # in the last evaluation
         train(config)
     monkeypatch.setattr(trainer, "evaluate", evaluate)
@@ -338,6 +372,17 @@ def test_a_resume_that_names_nothing_is_refused(tmp_path: Path) -> None:
     config.resume = str(tmp_path / "empty")
     with pytest.raises(ValueError, match="no good checkpoint"):
         train(config)
+    with pytest.raises(Stopped):
+        train(config_of(tmp_path, out=str(tmp_path / "real"), checkpoint_every=2), stop_after(5))
+    other = config_of(tmp_path, out=str(tmp_path / "real"))
+    other.resume = str(tmp_path / "real" / "checkpoints" / "step_00000004")
+    with pytest.raises(ValueError, match="not the newest checkpoint"):
+        train(other)
+    for path in (tmp_path / "real" / "checkpoints").glob("step_*"):
+        (path / "manifest.json").write_text("{}")
+    other.resume = "auto"
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is good"):
+        train(other)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("not ours")
     config.resume = "auto"

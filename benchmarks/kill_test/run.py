@@ -109,6 +109,8 @@ class Life:
 
     def __init__(self, config: Path, out: Path, steps: int, number: int, resume: bool) -> None:
         self.out, self.last = out, f"step {steps}/{steps} "
+        # Of a run that has its last checkpoint only the evaluation and the export are left.
+        self.trained = (out / "checkpoints" / f"step_{steps:08}").is_dir()
         self.log = config.with_suffix(f".{number:03}.log")
         self.times: dict[str, list[float]] = {
             event: [] for event in ("start", "resume", "opened", "step", "saving", "saved", "end", "exit")
@@ -135,6 +137,8 @@ class Life:
         now = time.perf_counter()
         if not self.times["opened"] and self._signature() != self.at_start:
             self.times["opened"].append(now)
+            if self.trained:
+                self.times["end"].append(now)
         names = self._names()
         for name in sorted(names - self.known, key=lambda name: name.lstrip(".")):
             if name.startswith("step_"):
@@ -167,7 +171,10 @@ class Life:
 
     def phase(self) -> str:
         """What the kill hit, by what it left on the disk where that tells."""
+        ending = "final evaluation and export"
         if not self.times["step"]:
+            if self.times["end"]:
+                return ending
             if self.times["opened"]:
                 return "opening the run folder"
             return "loading" if self.times["resume"] else "starting"
@@ -176,7 +183,7 @@ class Life:
             return "saving"
         if any(name.endswith(".old") for name in names):
             return "deleting an old checkpoint"
-        return "final evaluation and export" if self.times["end"] else "training"
+        return ending if self.times["end"] else "training"
 
     def _signature(self) -> Any:
         try:
@@ -267,12 +274,13 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor], what: str) -> No
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Manifest and tensors; the manifest without the one thing that depends on the machine's speed."""
+    """Manifest and tensors; the manifest without what depends on the machine's speed."""
     try:
         manifest = verify(path)
     except ValueError as error:
         raise Violation(str(error)) from None
-    del manifest["progress"]["seconds"]
+    for key in ("seconds", "refresh_seconds"):
+        manifest["progress"].pop(key)
     return manifest, {name: X for file in path.glob("*.safetensors") for name, X in load_file(file).items()}
 
 
@@ -369,7 +377,8 @@ def kill_and_resume(folder: Path, kills: int, seed: int, gradients: str) -> dict
         compared += present
         if not killed:
             if moment:
-                print("the run ended before its moment: not counted, again")
+                print("the run ended before its moment: not counted, again", flush=True)
+                check(lives < 2 * kills, "too many lives end before their moment")
                 continue
             break
         number += 1
@@ -421,7 +430,7 @@ def kill_table(results: list[dict[str, Any]]) -> str:
     ]
     rows = [
         ("kills", lambda r: r["kills"]),
-        *((f"... while {phase}", lambda r, phase=phase: r["kills_by_phase"].get(phase, 0)) for phase in phases),
+        *((f"... {phase}", lambda r, phase=phase: r["kills_by_phase"].get(phase, 0)) for phase in phases),
         ("steps of the run", lambda r: r["steps"]),
         ("steps done in all lives", lambda r: r["steps_done"]),
         ("half-written checkpoints left under a dot-name", lambda r: r["leftovers"]["tmp"]),

@@ -67,7 +67,8 @@ class Checkpointer:
         self._failure: OSError | None = None
         self._said_failure = self._said_slow = False
         self._whole: set[Path] = set()  # written or verified by this object: not read again to count them
-        for leftover in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")):
+        _recover(folder)
+        for leftover in (path for suffix in ("tmp", "old", "gone") for path in folder.glob(f".step_*.{suffix}")):
             shutil.rmtree(leftover)
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> None:
@@ -159,7 +160,7 @@ class Checkpointer:
             (temporary / SUMS).write_bytes(_sums(temporary))
             for written in (*temporary.iterdir(), temporary):
                 _sync(written)
-            replaced = _hide(path) if path.exists() else None
+            replaced = _hide(path, "old") if path.exists() else None
             temporary.rename(path)
             _sync(self.folder)
         except BaseException:
@@ -182,7 +183,7 @@ class Checkpointer:
                 continue
             if kept == self.keep:
                 self._whole.discard(path)
-                hidden = _hide(path)
+                hidden = _hide(path, "gone")
                 _sync(self.folder)
                 shutil.rmtree(hidden, ignore_errors=True)  # what cannot be deleted goes when the next run starts
             elif path in self._whole or _fault(path) is None:
@@ -195,6 +196,7 @@ class Checkpointer:
 
 def newest(folder: Path, say: Callable[[str], None] = print) -> Path | None:
     """The newest checkpoint in `folder` that verifies, None if there is none. `say` gets a line for each broken one."""
+    _recover(folder)
     for _, path in reversed(_checkpoints(folder)):
         fault = _fault(path)
         if fault is None:
@@ -449,9 +451,17 @@ def _sums(folder: Path) -> bytes:
     return "".join(lines).encode(errors="surrogateescape")
 
 
-def _hide(path: Path) -> Path:
-    """Rename to a dot-name, which is no checkpoint's."""
-    hidden = path.with_name(f".{path.name}.old")
+def _recover(folder: Path) -> None:
+    """Give a checkpoint its name back that was hidden to be replaced, by a run killed before the new one had the name."""
+    for hidden in folder.glob(".step_*.old"):
+        path = folder / hidden.name.removeprefix(".").removesuffix(".old")
+        if not path.exists():
+            hidden.rename(path)
+
+
+def _hide(path: Path, suffix: str) -> Path:
+    """Rename to a dot-name, which is no checkpoint's; suffix: old where the name gets a new one, gone before deletion."""
+    hidden = path.with_name(f".{path.name}.{suffix}")
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
     return hidden

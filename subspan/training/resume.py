@@ -80,6 +80,7 @@ class Interrupted(Exception):
 class Progress:
     """Where a run stands after `step` steps; all of it goes into a checkpoint, as JSON.
 
+    evaluated: the step of the last evaluation; the checkpoint of a step may be older than the evaluation that is due there.
     samples: of the training text, used so far: the position in it, unless it is a stream, whose own state is `stream`.
     text: what the order of samples depends on, `text_identity`.
     """
@@ -89,6 +90,7 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     first_loss: float | None = None
+    evaluated: int = 0
     seconds: float = 0.0
     refresh_seconds: float | None = None
     samples: int = 0
@@ -122,7 +124,9 @@ def find_start(config: TrainConfig, say: Callable[[str], None] = print) -> tuple
         if not (out / "config.yaml").is_file():
             return new_run_folder(config.run.out), None
         start = newest(out / CHECKPOINTS, say)
-        say(f"resume: {start}" if start else f"resume: {out} has no good checkpoint, starting from the beginning")
+        if start is None and any((out / CHECKPOINTS).glob("step_*")):
+            raise ValueError(f"resume=auto: no checkpoint in {out / CHECKPOINTS} is good: remove them to start again")
+        say(f"resume: {start}" if start else f"resume: {out} has no checkpoint yet, starting from the beginning")
         return out, start
     path = Path(config.resume).expanduser()
     if (path / CHECKPOINTS).is_dir():
@@ -135,4 +139,9 @@ def find_start(config: TrainConfig, say: Callable[[str], None] = print) -> tuple
         )
     say(f"resume: {path}")
     own = path.resolve().is_relative_to(out.resolve())  # a checkpoint of another run starts a new folder
+    if own and any(other.name > path.name for other in path.parent.glob("step_*")):
+        raise ValueError(
+            f"resume={config.resume!r} is not the newest checkpoint of {out}: name another run folder with --run.out, "
+            "or remove the newer ones"
+        )
     return (out if own else new_run_folder(config.run.out)), path

@@ -16,9 +16,11 @@ from subspan.extras import require
 class RunLog:
     """Makes the run folder; progress bar or plain lines, metrics.jsonl and TensorBoard events while the run lasts."""
 
-    def __init__(self, out: Path, *, steps: int, log_every: int, start: int = 0) -> None:
-        """`start`: the step of the checkpoint that the run goes on from; what was logged behind it is forgotten."""
-        self.out, self.steps, self.log_every, self.start = out, steps, log_every, start
+    def __init__(self, out: Path, *, steps: int, log_every: int, start: int = 0, evaluated: int = 0) -> None:
+        """`start`: the step of the checkpoint that the run goes on from, `evaluated`: of the last evaluation it knows; what
+        was logged behind them is forgotten, because it comes again."""
+        self.out, self.steps, self.log_every = out, steps, log_every
+        self.start, self.evaluated = start, evaluated
         self.events: Any = None
         self.bar: Any = None
 
@@ -27,7 +29,7 @@ class RunLog:
         console = require("rich.console", "train").Console()
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "metrics.jsonl"
-        kept = _lines_until(path, self.start) if self.start and path.is_file() else []
+        kept = _lines_until(path, self.start, self.evaluated) if self.start and path.is_file() else []
         new = path.with_suffix(".new")  # a run that is killed here loses nothing
         new.write_text("".join(kept), encoding="utf-8")
         new.replace(path)
@@ -35,7 +37,7 @@ class RunLog:
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.events = SummaryWriter(self.out / "tensorboard", purge_step=self.start + 1 if self.start else None)
+            self.events = SummaryWriter(self.out / "tensorboard", purge_step=self.start + 1)
         if console.is_terminal:
             columns = (
                 progress.TaskProgressColumn(),
@@ -75,6 +77,10 @@ class RunLog:
         self._write(step, {"tokens": tokens, "valid_loss": valid_loss, "perplexity": perplexity})
         self.say(f"step {step}: validation loss {valid_loss:.4f}, perplexity {perplexity:.2f}")
 
+    def sync(self) -> None:
+        """Wait until all that was logged is on the disk: a checkpoint counts on it."""
+        os.fsync(self.metrics.fileno())
+
     def say(self, line: str) -> None:
         (self.bar.console.print if self.bar else print)(line)
 
@@ -113,7 +119,7 @@ def describe_summary(summary: dict[str, Any], command: str = "subspan") -> str:
 def new_run_folder(name: str) -> Path:
     """The path of a run folder that can be made or is empty; ValueError otherwise. Nothing is made yet."""
     out = Path(name).expanduser()
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(path.name != "config.new" for path in out.iterdir()):  # of a run killed as it began
         raise ValueError(
             f"run folder {out} exists and is not empty: name another with --run.out, or go on with --resume auto"
         )
@@ -125,11 +131,16 @@ def new_run_folder(name: str) -> Path:
     return out
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The lines of a metrics.jsonl up to `step`; one that a killed run left half-written is behind them."""
+def _lines_until(path: Path, step: int, evaluated: int) -> list[str]:
+    """The lines of a metrics.jsonl up to `step`, evaluations up to `evaluated`; one that a killed run left half-written, or
+    filled with zeros by a power cut, is behind them."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith("\n") or row["step"] > (evaluated if "valid_loss" in row else step):
             break
         kept.append(line)
     return kept

@@ -153,21 +153,26 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     print(f"{describe_groups(optimizer.param_groups)}\n")
     print(f"memory, without activations\n{count_memory(model, optimizer)}\n", flush=True)
 
-    with (
-        RunLog(out, steps=run.steps, log_every=run.log_every, start=progress.step) as log,
-        StopSignal(log.say) as stop,
-    ):
-        save_config(config, out / "config.yaml")
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(config, out / "config.yaml")  # before all else: it makes the folder one that --resume auto knows
+    before = {"start": progress.step, "evaluated": progress.evaluated}
+    with RunLog(out, steps=run.steps, log_every=run.log_every, **before) as log, StopSignal(log.say) as stop:
         checkpointer = Checkpointer(out / CHECKPOINTS, keep=run.keep_checkpoints, say=log.say)
 
         def validate(step: int) -> EvalResult:
             result = evaluate(model, stop.until_asked(valid), autocast=run.autocast)
             log.evaluation(step, tokens=progress.tokens, valid_loss=result.loss, perplexity=result.perplexity)
+            progress.evaluated = step
             return result
+
+        def evaluation_due() -> bool:
+            due = run.eval_every and progress.step % run.eval_every == 0 and progress.step < run.steps
+            return bool(due and progress.evaluated < progress.step)
 
         def save() -> None:
             progress.stream = stream.state_dict() if stream else None
             progress.refresh_seconds = getattr(optimizer, "refresh_seconds", None)
+            log.sync()
             checkpointer.save(progress.step, model, optimizer, dataclasses.asdict(progress))
 
         def save_and_stop(signal_number: int) -> Stopped:
@@ -175,6 +180,11 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
             checkpointer.wait()
             return Stopped(out, progress.step, run.steps, signal_number)
 
+        if evaluation_due():  # it was cut short by a request to stop
+            with suppress(Interrupted):
+                validate(progress.step)
+            if stop.number is not None:
+                raise save_and_stop(stop.number)
         for step in range(progress.step + 1, run.steps + 1):
             begin = time.perf_counter()
             for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
@@ -236,7 +246,7 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                     f"warning: a step trains on {sum(counts)} tokens, fewer than optim.rank={config.optim.rank}: its gradient "
                     "cannot fill the subspace, raise --run.batch_size or lower --optim.rank"
                 )
-            if run.eval_every and step % run.eval_every == 0 and step < run.steps:
+            if evaluation_due():
                 with suppress(Interrupted):
                     validate(step)
             if stop.number is not None:
