@@ -181,7 +181,7 @@ class Life:
         names = self._names()  # leftovers of earlier lives were removed before the first step
         if any(name.endswith(".tmp") for name in names):
             return "saving"
-        if any(name.endswith(".old") for name in names):
+        if any(name.endswith(".gone") for name in names):
             return "deleting an old checkpoint"
         return ending if self.times["end"] else "training"
 
@@ -407,7 +407,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int, gradients: str) -> dict
         "checkpoints_compared_different": len(set(compared)),
         "checkpoint_bytes": sum(file.stat().st_size for file in max((out / "checkpoints").glob("step_*")).iterdir()),
         "save_seconds": spent["saving"],
-        "leftovers": {kind: leftovers[kind] for kind in ("tmp", "old")},
+        "leftovers": {kind: leftovers[kind] for kind in ("tmp", "gone")},
         "log_lines_equal": len(expected),
         "exported_weights_equal": True,
         "seconds": round(time.perf_counter() - begin),

@@ -36,9 +36,17 @@ def final_table(finals: list[dict[str, Any]]) -> str:
 
 
 def search_table(searches: list[dict[str, Any]]) -> str:
-    lines = ["| method | lr | dense lr | loss on the held-out training file |", "|---|---|---|---|"]
+    lines = ["| method | lr | dense lr | arithmetic | loss on the held-out training file |", "|---|---|---|---|---|"]
     for run in searches:
-        lines.append(f"| {LABELS[run['method']]} | {run['lr']:g} | {run['dense_lr']:g} | {run['valid_loss']:.4f} |")
+        arithmetic = "bf16" if run.get("autocast", True) else "fp32"  # results of the first day do not say: bf16
+        cells = (
+            LABELS[run["method"]],
+            f"{run['lr']:g}",
+            f"{run['dense_lr']:g}",
+            arithmetic,
+            f"{run['valid_loss']:.4f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
