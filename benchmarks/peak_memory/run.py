@@ -2,9 +2,10 @@
 
     python benchmarks/peak_memory/run.py
 
-Every row of the table is measured twice, each time in a process of its own: once with every allocation of a tensor counted,
-once undisturbed for the resident memory of the process. Rank and T come from recipes/. Each row leaves a file in
-results/ beside this file; the tables of README.md are written from these files. Linux only (/proc).
+Every row of the table is measured three times, each time in a process of its own: once with every allocation of a tensor
+counted, twice undisturbed for the resident memory of the process. Rank and T come from recipes/. Every row leaves a file in
+results/ beside this file; what is there is not measured again. The tables of README.md are written from these files.
+Linux with glibc only.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import multiprocessing
 import re
 import resource
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ RECIPES = HERE.parents[1] / "recipes"
 STEPS = 3  # with Refresh(first="random") a refresh is due at step 0 in both models
 ADDRESS_SPACE = 16 * 2**30  # a mistake ends the process, not the machine
 MIB = 2**20
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ class Row:
 
 
 ROWS = [
-    *(Row(model, mode, 1) for model in ("llama-130m", "llama-350m") for mode in ("hold", "project", "update")),
-    *(Row(model, mode, 4) for model in ("llama-130m", "llama-350m") for mode in ("hold", "project")),
-    Row("llama-130m", "project", 1, "bfloat16", 16),
+    Row(model, mode, micro_batches)
+    for model in ("llama-130m", "llama-350m")
+    for mode, micro_batches in (("hold", 1), ("project", 1), ("update", 1), ("hold", 4), ("project", 4))
 ]
 
 
@@ -265,12 +268,19 @@ def measure_live(row: Row) -> dict[str, Any]:
     return {"all_gradients": bench.full, "steps": steps}
 
 
-def measure_resident(row: Row) -> dict[str, Any]:
-    """Growth of the resident memory of this process over the steps, at its peak."""
+def measure_resident(row: Row, holes: bool = True) -> dict[str, Any]:
+    """Growth of the resident memory of this process over the steps, at its peak.
+
+    holes: glibc as it is, which keeps freed memory of up to 32 MiB a block on its heap, where a smaller block may stand in the
+    way of the next large one. Without: every block of 256 KiB or more is the system's, and goes back to it when freed.
+    """
+    libc = ctypes.CDLL(None)
+    if not holes:
+        libc.mallopt(M_MMAP_THRESHOLD, 2**18)
     bench = Bench(row)
     memory = count_memory(bench.model, bench.optimizer)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory freed while the model was built would take the first gradients, unseen
+    libc.malloc_trim(0)  # memory freed while the model was built would take the first gradients, unseen
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # ru_maxrss would remember a higher peak of building the model
     for _ in range(STEPS):
@@ -294,7 +304,14 @@ def resident(field: str) -> int:
 
 def measure(row: Row, what: str) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-    return {"live": measure_live, "resident": measure_resident}[what](row)
+    return MEASUREMENTS[what](row)
+
+
+MEASUREMENTS: dict[str, Callable[[Row], dict[str, Any]]] = {
+    "live": measure_live,
+    "resident": measure_resident,
+    "resident_without_holes": partial(measure_resident, holes=False),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -303,19 +320,20 @@ def measure(row: Row, what: str) -> dict[str, Any]:
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: each number is the largest of the steps; the bound is that of the step with most gradients."""
     lines = [
-        "| model | mode | micro-batches | gradients between backward and step() | of all | bound "
-        "| gradients, peak in backward | live tensors, peak in backward | in the whole step | resident, peak |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | mode | micro-batches | gradients between backward and step() | share of hold's | bound "
+        "| gradients, peak in backward | tensors, peak in backward | tensors, peak of the step "
+        "| resident, peak | resident, heap without holes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         steps = result["live"]["steps"]
         most = max(steps, key=lambda step: sum(step["between"].values()))
         between = sum(most["between"].values())
         peaks = [max(step[key] for step in steps) for key in ("gradients_peak", "live_peak_backward", "live_peak_step")]
-        sizes = [most["bound"], *peaks, result["resident"]["resident_growth"]]
-        model = result["model"] + ("" if result["dtype"] == "float32" else f", {result['dtype']}")
+        resident = [result[what]["resident_growth"] for what in ("resident", "resident_without_holes")]
+        sizes = [most["bound"], *peaks, *resident]
         lines.append(
-            f"| {model} | {result['mode']} | {result['micro_batches']} | {between / MIB:.1f} | "
+            f"| {result['model']} | {result['mode']} | {result['micro_batches']} | {between / MIB:.1f} | "
             f"{between / result['live']['all_gradients']:.1%} | " + " | ".join(f"{n / MIB:.1f}" for n in sizes) + " |"
         )
     return "\n".join(lines)
@@ -328,7 +346,7 @@ def parts(results: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        if (result["mode"], result["micro_batches"], result["dtype"]) == ("project", 1, "float32"):
+        if (result["mode"], result["micro_batches"]) == ("project", 1):
             for i, step in enumerate(result["live"]["steps"]):
                 part = step["between"]
                 sizes = [part["low_rank"], part["full"], part["dense"], sum(part.values()), step["bound"]]
@@ -339,30 +357,25 @@ def parts(results: Sequence[Mapping[str, Any]]) -> str:
 def computed(models: Sequence[str] = ("llama-130m", "llama-350m", "llama-1b", "llama-7b")) -> str:
     """Markdown: the bound for bf16 weights, from shapes alone, at the step of a refresh interval where it is largest."""
     lines = [
-        "| model | rank | T | hold: all gradients | projected, dense | project, at most | of all |",
+        "| model | rank | T | hold | of it projected, dense | project, at most | share of hold's |",
         "|---|---|---|---|---|---|---|",
     ]
     for model in models:
         optim = recipe_of(model)["optim"]
-        network, groups = make_model(model, "bfloat16", "meta")  # alive until the last line: groups hold its parameters
-        full, most = (
-            full_bytes(groups),
-            max(most_between(groups, "project", s) for s in range(optim["update_proj_gap"])),
-        )
+        _, groups = make_model(model, "bfloat16", "meta")
+        full = full_bytes(groups)
+        most = max(most_between(groups, "project", step) for step in range(optim["update_proj_gap"]))
         dense = full_bytes([group for group in groups if "rank" not in group])
         cells = f"{full / 1e9:.2f} GB | {(full - dense) / 1e9:.2f}, {dense / 1e9:.2f} GB | {most / 1e9:.2f} GB"
         lines.append(f"| {model} | {optim['rank']} | {optim['update_proj_gap']} | {cells} | {most / full:.1%} |")
-        del network
     return "\n".join(lines)
 
 
 def write_tables() -> None:
     """The tables of README.md, from results/*.json."""
-    order = [row.name for row in ROWS]
-    results = [
-        json.loads(path.read_text())
-        for path in sorted((HERE / "results").glob("*.json"), key=lambda p: order.index(p.stem))
-    ]
+    paths = [HERE / "results" / f"{row.name}.json" for row in ROWS]
+    results = [json.loads(path.read_text()) for path in paths if path.exists()]
+    results = [result for result in results if all(what in result for what in MEASUREMENTS)]
     readme = HERE / "README.md"
     text = readme.read_text()
     for name, content in (("table", table(results)), ("parts", parts(results)), ("computed", computed())):
@@ -371,21 +384,22 @@ def write_tables() -> None:
 
 
 def main(only: str = "") -> None:
-    """Measure, then write the tables.
+    """Measure what has no result yet, then write the tables.
 
     Args:
-        only: measure the rows whose name contains this, such as llama-130m or project_x4; "none" only writes the tables
+        only: only rows whose name contains this, such as llama-130m or project_x4
     """
     (HERE / "results").mkdir(exist_ok=True)
     context = multiprocessing.get_context("spawn")
     for row in ROWS:
-        if only in row.name:
-            result: dict[str, Any] = {**asdict(row), "torch": torch.__version__}
-            with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-                for what in ("live", "resident"):
+        path = HERE / "results" / f"{row.name}.json"
+        result = json.loads(path.read_text()) if path.exists() else {**asdict(row), "torch": torch.__version__}
+        for what in MEASUREMENTS:
+            if only in row.name and what not in result:
+                with ProcessPoolExecutor(1, context) as pool:  # a process of its own for every measurement
                     result[what] = pool.submit(measure, row, what).result()
-            (HERE / "results" / f"{row.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-            print(row.name, "measured", flush=True)
+                path.write_text(json.dumps(result, indent=1) + "\n")
+                print(f"{row.name}: {what}", flush=True)
     write_tables()
 
 
