@@ -21,12 +21,12 @@ class RunLog:
         was logged behind them is forgotten, because it comes again."""
         self.out, self.steps, self.log_every = out, steps, log_every
         self.start, self.evaluated = start, evaluated
+        self.progress = require("rich.progress", "train")
+        self.console = require("rich.console", "train").Console()
         self.events: Any = None
         self.bar: Any = None
 
     def __enter__(self) -> RunLog:
-        progress = require("rich.progress", "train")
-        console = require("rich.console", "train").Console()
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "metrics.jsonl"
         kept = _lines_until(path, self.start, self.evaluated) if self.start and path.is_file() else []
@@ -38,13 +38,13 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.events = SummaryWriter(self.out / "tensorboard", purge_step=self.start + 1)
-        if console.is_terminal:
+        if self.console.is_terminal:
             columns = (
-                progress.TaskProgressColumn(),
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(None),
+                self.progress.TaskProgressColumn(),
+                self.progress.TextColumn("{task.description}"),
+                self.progress.BarColumn(None),
             )
-            self.bar = progress.Progress(*columns, console=console, expand=True)
+            self.bar = self.progress.Progress(*columns, console=self.console, expand=True)
             self.task = self.bar.add_task("first step", total=self.steps, completed=self.start)
             self.bar.start()
         return self

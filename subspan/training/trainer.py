@@ -153,11 +153,12 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     print(f"{describe_groups(optimizer.param_groups)}\n")
     print(f"memory, without activations\n{count_memory(model, optimizer)}\n", flush=True)
 
+    before = {"start": progress.step, "evaluated": progress.evaluated}
+    log = RunLog(out, steps=run.steps, log_every=run.log_every, **before)
+    checkpointer = Checkpointer(out / CHECKPOINTS, keep=run.keep_checkpoints, say=log.say)
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / "config.yaml")  # before all else: it makes the folder one that --resume auto knows
-    before = {"start": progress.step, "evaluated": progress.evaluated}
-    with RunLog(out, steps=run.steps, log_every=run.log_every, **before) as log, StopSignal(log.say) as stop:
-        checkpointer = Checkpointer(out / CHECKPOINTS, keep=run.keep_checkpoints, say=log.say)
+    with log, StopSignal(log.say) as stop:
 
         def validate(step: int) -> EvalResult:
             result = evaluate(model, stop.until_asked(valid), autocast=run.autocast)
