@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / "subspan"
 LAYERS = {
     "extras": 0,
     "optim.projectors": 1,
+    "optim.quant": 1,
     "optim.rules": 1,
     "optim.backward": 2,
     "optim.groups": 2,
@@ -46,6 +47,7 @@ SIBLINGS = {
 }
 TORCH_ALONE = {
     "optim.projectors",
+    "optim.quant",
     "optim.rules",
     "optim.backward",
     "optim.groups",

@@ -1,0 +1,341 @@
+"""How to remember: moments in 8 or 4 bits a value, block by block, and stochastic rounding to bfloat16.
+
+A block of b values along the last dimension shares one fp32 scale, its largest absolute value; each value is stored as the
+number of the nearest entry of a sorted code book in [-1, 1] (block-wise quantization, arXiv 2110.02861):
+
+    scale = max_block |X|,      code = argmin_c |book[c] - X / scale|,      X ~ book[code] scale
+
+Code books (`code_book`), all fp32:
+
+    8 bits             dynamic tree quantization of arXiv 2110.02861: the books of bitsandbytes, and its codes except that an
+                       unsigned value above 0 is never stored as 0
+    4 bits, signed     0, and 7 negative and 8 positive values evenly spaced in the logarithm from 10^-1.75 to 1
+    4 bits, unsigned   16 values evenly spaced in the logarithm from 10^-4 to 1, no 0
+
+The zero of a second moment v is a trap (the zero-point problem of arXiv 2309.01507): a v that is small beside its block becomes
+0, and the step m / (sqrt(v) + eps) grows by orders of magnitude. Raised to the smallest code it makes the step smaller instead.
+
+The 4-bit books were chosen by measurement (docs/LOG.md): a block of a low-rank moment mixes strong and weak directions, so its
+values span four decades and more, and an even book has most of them at its lowest entry.
+
+Nothing here waits for the device, and torch.compile takes each function as one graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Bits = Literal[4, 8]
+State = dict[str, Tensor]
+
+BLOCK_SIZE: dict[int, int] = {8: 256, 4: 128}
+"""Values to a scale, as bitsandbytes (8) and arXiv 2309.01507 (4) have them."""
+
+SIGNED = {"exp_avg": True, "momentum_buffer": True, "exp_avg_sq": False}
+"""The moments that can be stored in few bits. All others (Adafactor's row and column) are small and stay as they are."""
+
+MIN_ELEMENTS = 4096
+"""Smaller tensors stay in fp32, as in bitsandbytes: they save nothing."""
+
+
+# --------------------------------------------------------------------------------------------------- code books
+
+
+def code_book(bits: Bits, signed: bool) -> Tensor:
+    """The values that codes 0, 1, ... stand for: (2^bits,) fp32, CPU, ascending, the largest 1."""
+    if bits == 8:
+        return _dynamic_book(signed)
+    if signed:
+        negative, positive = _log_book(-1.75, 7), _log_book(-1.75, 8)
+        return torch.cat((-negative.flip(0), negative.new_zeros(1), positive))
+    return _log_book(-4.0, 16)
+
+
+def _dynamic_book(signed: bool) -> Tensor:
+    """0, 1, and for each decade (10^(i-7), 10^(i-6)], i = 0..6, the midpoints of 2^i (signed) or 2^(i+1) equal cells of
+    its upper nine tenths: small values keep their exponent, large ones their digits (arXiv 2110.02861, section 1.3)."""
+    parts = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
+    for i in range(7):
+        cells = 2 ** (i if signed else i + 1)
+        edges = torch.linspace(0.1, 1.0, cells + 1, dtype=torch.float32, device="cpu")
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
+        parts += [middles, -middles] if signed else [middles]
+    return torch.cat(parts).sort().values
+
+
+def _log_book(lowest: float, count: int) -> Tensor:
+    """10^lowest, ..., 1: `count` values of constant ratio."""
+    exponents = torch.linspace(lowest, 0.0, count, dtype=torch.float64, device="cpu")
+    return (10.0**exponents).float()
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """A code book made ready for look-up, on one device.
+
+    values: (256,) fp32, or (256, 2) of a 4-bit book: what one byte decodes to.
+    first: (65536,) int32. fp32 numbers that agree in their upper 16 bits lie within 2^-7 of each other, so that at most
+        one of them borders on the next code. `first` is the code of the lowest of them, and
+    limit: (65536,) fp32, the largest number that still has it.
+    """
+
+    values: Tensor
+    first: Tensor
+    limit: Tensor
+
+
+@functools.cache
+def _build_tables(bits: Bits, signed: bool, device: torch.device) -> _Tables:
+    book = code_book(bits, signed)
+    middles = (book[:-1].double() + book[1:].double()) / 2
+    limits = middles.float()
+    # Rounded down: of the numbers that fp32 has, those above are then nearer to the upper code, none is misjudged.
+    limits = torch.where(limits > middles, limits.nextafter(limits - 1), limits)
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cpu") << 16
+    lowest = torch.stack((upper, upper | 0xFFFF)).view(torch.float32).amin(0)  # negative numbers descend
+    first = torch.bucketize(lowest, limits, out_int32=True)
+    limit = torch.cat((limits, limits.new_full((1,), torch.inf)))[first]
+    byte = torch.arange(256, device="cpu")
+    values = book if bits == 8 else book[torch.stack((byte & 15, byte >> 4), -1)]
+    return _Tables(values.to(device), first.to(device), limit.to(device))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_tables(bits: Bits, signed: bool, device: torch.device) -> _Tables:
+    return _build_tables(bits, signed, device)
+
+
+def _tables(bits: Bits, signed: bool, device: torch.device) -> _Tables:
+    # torch.compile makes a symbol of an int that it has seen change; a comparison makes it a constant again.
+    tables: _Tables = _constant_tables(8 if bits == 8 else 4, signed, device)
+    return tables
+
+
+# ---------------------------------------------------------------------------------------- quantize, dequantize
+
+
+def quantize(X: Tensor, bits: Bits, signed: bool, block_size: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of X (..., n), any floating dtype, taken as fp32; blocks of b = min(block_size, n) along n, the last may
+    be short.
+
+    codes: (..., n) uint8 for 8 bits; (..., ceil(n/2)) for 4, value 2i in the lower half of byte i, value 2i + 1 in the
+        upper one (0 where n is odd).
+    scale: (..., ceil(n/b)) fp32.
+
+    The nearest code, the lower of two equally near. A block of zeros has scale 0 and reads back as zeros, also from a book
+    without zero. Not signed: X > 0 is never stored as 0, and X < 0 as the smallest code. A nan or inf makes its block, and no
+    other, read back as nan or inf throughout.
+
+    Works on some rows at a time: 20 bytes of temporaries for each of 2^18 values on a CPU, of 2^22 elsewhere.
+    """
+    _check(bits, block_size)
+    if not X.ndim:
+        raise ValueError("X is a 0-d tensor, which has no blocks: keep it as it is")
+    *rest, n = X.shape
+    codes = X.new_empty((*rest, -(-n * bits // 8)), dtype=torch.uint8)
+    scale = X.new_empty((*rest, -(-n // _block(block_size, n))), dtype=torch.float32)
+    _quantize_into(codes, scale, X, bits, signed, block_size)
+    return codes, scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, bits: Bits, signed: bool, block_size: int, n: int | None = None) -> Tensor:
+    """What `quantize` stored: (..., n) fp32. n: needed for an odd number of 4-bit values, else that of the codes."""
+    _check(bits, block_size)
+    most = codes.shape[-1] * 8 // bits
+    n = most if n is None else n
+    b = _block(block_size, n)
+    if -(-n * bits // 8) != codes.shape[-1] or -(-n // b) != scale.shape[-1]:
+        raise ValueError(
+            f"n={n!r} with block_size={block_size} does not fit codes {tuple(codes.shape)} and scale "
+            f"{tuple(scale.shape)}: pass what quantize() was given"
+        )
+    values = _tables(bits, signed, codes.device).values
+    X = scale.new_empty((*codes.shape[:-1], n))
+    for x, c, s in _row_blocks(X, codes, scale):
+        decoded = values.index_select(0, c.flatten().int()).view(*c.shape[:-1], -1)[..., :n]
+        x.copy_((_blocks(decoded, b) * s.unsqueeze(-1)).flatten(-2)[..., :n])
+    return X
+
+
+def _quantize_into(codes: Tensor, scale: Tensor, X: Tensor, bits: Bits, signed: bool, block_size: int) -> None:
+    n = X.shape[-1]
+    b = _block(block_size, n)
+    for x, c, s in _row_blocks(X, codes, scale):
+        blocks = _blocks(x.float().contiguous(), b)
+        absmax = blocks.abs().amax(-1)
+        safe = torch.where(absmax > 0, absmax, 1.0)  # of a block of zeros, and of one with a nan
+        nearest = _nearest(blocks / safe.unsqueeze(-1), _tables(bits, signed, X.device))
+        if bits == 8 and not signed:
+            nearest = nearest.maximum((blocks > 0).int())  # code 0 is the value 0
+        nearest = nearest.flatten(-2)[..., :n]
+        if bits == 4:
+            nearest = _pad(nearest, 2)
+            nearest = nearest[..., ::2] + 16 * nearest[..., 1::2]
+        c.copy_(nearest)
+        s.copy_(absmax)
+
+
+def _nearest(Z: Tensor, tables: _Tables) -> Tensor:
+    """Codes of Z, of any shape, contiguous fp32 in [-1, 1]: int32. Two look-ups by the upper half of Z's bits and one
+    comparison, ten times as fast on a CPU as torch.bucketize, whose binary search a processor cannot predict."""
+    cells = (Z.view(torch.int32) >> 16).add_(2**15).flatten()
+    codes = tables.first.index_select(0, cells)
+    return codes.add_(Z.flatten() > tables.limit.index_select(0, cells)).view(Z.shape)
+
+
+def _blocks(X: Tensor, b: int) -> Tensor:
+    """X (..., n) as (..., ceil(n/b), b), the last block filled up with zeros."""
+    return _pad(X, b).reshape(*X.shape[:-1], -(-X.shape[-1] // b), b)
+
+
+def _pad(X: Tensor, multiple: int) -> Tensor:
+    """X (..., n) with zeros behind, up to a length that `multiple` divides; X itself if n is one."""
+    missing = -X.shape[-1] % multiple
+    return torch.nn.functional.pad(X, (0, missing)) if missing else X
+
+
+def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same rows of all, which agree but in their last dimension, as many as may have temporaries at once.
+
+    A compiled loop over rows has no temporaries, so it gets all rows. More on a GPU, where each block costs launches.
+    """
+    X = tensors[0]
+    if X.ndim < 2 or torch.compiler.is_compiling():
+        yield tensors
+        return
+    rows, most = X.shape[-2], 2**18 if X.device.type == "cpu" else 2**22
+    step = max(1, most * rows // max(1, X.numel()))
+    for start in range(0, rows, step):
+        yield tuple(Y.narrow(-2, start, min(step, rows - start)) for Y in tensors)
+
+
+def _block(block_size: int, n: int) -> int:
+    return max(1, min(block_size, n))
+
+
+def _check(bits: int, block_size: int) -> None:
+    if bits not in get_args(Bits):
+        raise ValueError(f"bits={bits!r} is not supported: use 8 or 4")
+    if block_size < 1 or (bits == 4 and block_size % 2):
+        raise ValueError(
+            f"block_size={block_size!r} must be positive, and even for 4 bits: {BLOCK_SIZE[bits]} is usual"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- stores
+
+
+@dataclass(frozen=True)
+class Store:
+    """How the moments of one parameter are remembered: bits=None in fp32, as the rule made them; 8 or 4 in codes.
+
+    A moment `exp_avg` in codes is two tensors, `exp_avg.codes` (uint8) and `exp_avg.scale` (fp32), in blocks of min(256, n)
+    values (8 bits) or min(128, n) (4 bits) along their last dimension n:
+
+        transposed=True     for R (..., r, k): (..., k, r), blocks along the rank r. k is the dimension that is sharded, and any
+                            piece of it is made of whole blocks
+        transposed=False    for a dense parameter (..., m, n): (..., m, n), blocks along n
+
+    Vectors, tensors of fewer than 4096 elements and moments that SIGNED does not list stay as they are. A rule never sees codes:
+
+        moments = store.load(state, R.shape)
+        U = rule.update(R, moments, step)
+        store.save(state, moments)
+
+    Where R is large (an embedding), so are its fp32 moments. A rule that works element by element can do the same with
+    `store.part(state, start, length)` and that part of R, some rows (columns, if transposed) at a time.
+
+    A change of a moment by less than half the way to the next code is lost, and 0.001 (g^2 - v), of a beta2 of 0.999, mostly is
+    less: what moves v is the scale, which is exact, and large gradients. On the gradients above, steps became 3 % (Adam) and
+    10 % (GaLore) longer in 8 bits, a quarter longer in 4 bits, which may want a smaller lr.
+    """
+
+    bits: Bits | None = None
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits is not None:
+            _check(self.bits, BLOCK_SIZE.get(self.bits, 1))
+
+    def init(self, moments: State, device: torch.device | str | None = None) -> State:
+        """Zeros for what a rule's `init` returned, on its device or on `device`: from moments on the meta device, codes are
+        made without an fp32 tensor of full size."""
+        state: State = {}
+        for name, moment in moments.items():
+            if self.bits is None or name not in SIGNED or moment.ndim < 2 or moment.numel() < MIN_ELEMENTS:
+                state[name] = torch.zeros_like(moment, device=device)
+                continue
+            *rest, n = moment.mT.shape if self.transposed else moment.shape
+            blocks = -(-n // _block(BLOCK_SIZE[self.bits], n))
+            # With scale 0 every code stands for 0.
+            state[f"{name}.codes"] = moment.new_zeros((*rest, -(-n * self.bits // 8)), dtype=torch.uint8, device=device)
+            state[f"{name}.scale"] = moment.new_zeros((*rest, blocks), dtype=torch.float32, device=device)
+        return state
+
+    def read(self, state: State, name: str, shape: Sequence[int]) -> Tensor:
+        """The moment `name` of an R, or a dense gradient, of that shape: fp32 (a new tensor), or the tensor that is kept."""
+        if f"{name}.codes" not in state:
+            return state[name]
+        assert self.bits is not None
+        n = shape[-2] if self.transposed else shape[-1]
+        codes, scale = state[f"{name}.codes"], state[f"{name}.scale"]
+        X = dequantize(codes, scale, self.bits, SIGNED[name], BLOCK_SIZE[self.bits], n)
+        return X.mT if self.transposed else X
+
+    def write(self, state: State, name: str, value: Tensor) -> None:
+        """Remember `value`, of R's shape, in place."""
+        if f"{name}.codes" not in state:
+            state[name].copy_(value)
+            return
+        assert self.bits is not None
+        X = value.mT if self.transposed else value
+        codes, scale = state[f"{name}.codes"], state[f"{name}.scale"]
+        _quantize_into(codes, scale, X, self.bits, SIGNED[name], BLOCK_SIZE[self.bits])
+
+    def load(self, state: State, shape: Sequence[int]) -> State:
+        """All of `state` as a rule wants it: moments in codes read as fp32, everything else as it is."""
+        kept = {key: value for key, value in state.items() if not key.endswith((".codes", ".scale"))}
+        return kept | {name: self.read(state, name, shape) for name in _coded(state)}
+
+    def save(self, state: State, moments: State) -> None:
+        """Write back what `load` returned and a rule changed in place."""
+        for name in _coded(state):
+            self.write(state, name, moments[name])
+
+    def part(self, state: State, start: int, length: int) -> State:
+        """Views of some rows (columns, if transposed) of every moment in codes; everything else as it is."""
+        return {
+            key: value.narrow(-2, start, length) if key.endswith((".codes", ".scale")) else value
+            for key, value in state.items()
+        }
+
+
+def _coded(state: State) -> list[str]:
+    return [key.removesuffix(".codes") for key in state if key.endswith(".codes")]
+
+
+# ------------------------------------------------------------------------------------------ stochastic rounding
+
+
+def stochastic_round(
+    X: Tensor, dtype: torch.dtype = torch.bfloat16, generator: torch.Generator | None = None
+) -> Tensor:
+    """X (fp32, any shape) in bfloat16, rounded to one of its two neighbours at random, so that the mean is X.
+
+    The upper half of X's bits is the neighbour nearer to 0, the lower half, over 2^16, the probability of the other one: a random
+    16-bit number added to the bits carries into the upper half just that often. Values that bfloat16 has stay, as do
+    inf and nan; a finite value never becomes inf, the largest ones are rounded towards 0.
+    Three temporaries of X's size: call it on a few rows at a time.
+    """
+    if X.dtype != torch.float32 or dtype != torch.bfloat16:
+        raise ValueError(f"stochastic rounding from {X.dtype} to {dtype} is not supported: only float32 to bfloat16 is")
+    noise = torch.randint(0, 2**16, X.shape, dtype=torch.int32, device=X.device, generator=generator)
+    rounded = noise.add_(X.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
+    most = torch.finfo(dtype).max
+    return torch.where(X.isfinite(), rounded.clamp_(-most, most), X).to(dtype)
