@@ -427,7 +427,27 @@ def test_a_step_that_is_not_finite_can_be_skipped_whole(gradients, what):
     assert_equal_training((model, optimizer, torch.zeros(1)), (twin, other, torch.zeros(1)))
 
 
-@pytest.mark.parametrize("gradients", ["hold", "project", "update"])
+@pytest.mark.parametrize("kind", ["dense", "projected"])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", RULES)
+def test_update_leaves_out_a_gradient_that_is_not_finite(rule, state_dtype, kind):
+    """Weight, basis and moments of that parameter stay, bit for bit, in a step with a refresh and in one without; others move."""
+    model, optimizer = build("update", rule=rule, state_dtype=state_dtype)
+    train(model, optimizer, steps=GAP)
+    target = model.embed.weight if kind == "dense" else model.blocks[0][2].weight
+    target.register_hook(lambda grad: torch.full_like(grad, float("nan")))
+    other = model.blocks[1][0].weight
+    for batch in batches(GAP):
+        kept = [target, *(value for key, value in optimizer.state[target].items() if key != "step")]
+        before, moving = [X.detach().clone() for X in kept], other.detach().clone()
+        model(batch).backward()
+        optimizer.step()
+        assert optimizer.grad_norm.isnan()
+        assert all(a.equal(b) for a, b in zip(before, kept, strict=True))
+        assert not other.equal(moving)
+
+
+@pytest.mark.parametrize("gradients", ["hold", "project"])
 def test_without_prepare_a_gradient_that_is_not_finite_counts_as_zero(gradients):
     runs = []
     for fill in (0.0, float("nan")):

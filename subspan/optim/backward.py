@@ -100,7 +100,8 @@ class Backward:
         group = optimizer.group_of(p)
         R = optimizer.project(group, p)
         self.updated[p] = norm = norm_of(R)
-        optimizer.apply(group, p, R.masked_fill_(~norm.isfinite(), 0))
+        finite = norm.isfinite()
+        optimizer.apply(group, p, R.masked_fill_(~finite, 0), finite)
         p.grad = None
 
     def _take(self, p: Tensor) -> tuple[ProjectedOptimizer, Tensor]:

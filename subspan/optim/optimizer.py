@@ -267,24 +267,34 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         R = project(orient(G, side), Q.to(G.dtype))
         return mask_null_directions(R) if self.mask_null else R
 
-    def apply(self, group: dict[str, Any], p: Tensor, R: Tensor) -> None:
-        """Update p from its low-rank gradient R (r, k), or from its gradient if it is dense."""
+    def apply(self, group: dict[str, Any], p: Tensor, R: Tensor, use: Tensor | None = None) -> None:
+        """Update p from its low-rank gradient R (r, k), or from its gradient if it is dense.
+
+        use: 0-d bool tensor on p's device. If it is False, and R zero, weight, moments and basis stay as they are; only the
+        count of steps, which the host keeps too, goes on.
+        """
         state = self.state[p]
         state["step"].add_(1)
         self._steps[p] += 1
-        U = self.rule.update(R, state, state["step"])
+        U = self.rule.update(R, state, state["step"], use)
         lr = float(group["lr"])
         keep = 1 - lr * group["weight_decay"]
         size = lr * keep if self.decay_after_update else lr
+        if use is not None and keep != 1:
+            p.mul_(torch.where(use, p.new_full((), keep), 1.0))
+            keep = 1.0
         if "rank" not in group:
             if keep != 1:
                 p.mul_(keep)
-            p.add_(U, alpha=-size)
+            if use is None:
+                p.add_(U, alpha=-size)
+            else:
+                p.addcmul_(U, use.to(U.dtype), value=-size)
             return
-        Q, W = state["basis"], as_matrix(p, group)
+        Q, W = state["basis"].to(p.dtype), as_matrix(p, group)
         W = orient(W, pick_side(W.shape, group["proj_type"]))
         product = W.addmm_ if W.ndim == 2 else W.baddbmm_
-        product(Q.to(W.dtype), U.to(W.dtype), beta=keep, alpha=-size * group["scale"])
+        product(Q if use is None else Q * use, U.to(W.dtype), beta=keep, alpha=-size * group["scale"])
 
     def _low_rank_gradients(self, refresh: bool = True) -> Iterator[Prepared]:
         """(group, p, R, norm of R) of every parameter with a gradient, each as it is asked for."""

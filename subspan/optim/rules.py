@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,10 +30,12 @@ class Rule(Protocol):
         """The state for a gradient like R: zeros, in R's dtype and on R's device (the meta device included)."""
         ...
 
-    def update(self, R: Tensor, state: State, step: Tensor) -> Tensor:
+    def update(self, R: Tensor, state: State, step: Tensor, use: Tensor | None = None) -> Tensor:
         """The direction U, of R's shape, fp32; changes `state` in place, leaves R alone.
 
         `step`: 0-d float tensor, 1 at the first update. The weight then moves by -lr * U.
+        `use`: 0-d bool tensor on R's device. If it is False, `state` stays as it is and U means nothing: a gradient is left out
+        without the host knowing. R is zero then.
         """
         ...
 
@@ -59,12 +61,13 @@ class Adam:
     def init(self, R: Tensor) -> State:
         return {"exp_avg": torch.zeros_like(R), "exp_avg_sq": torch.zeros_like(R)}
 
-    def update(self, R: Tensor, state: State, step: Tensor) -> Tensor:
+    def update(self, R: Tensor, state: State, step: Tensor, use: Tensor | None = None) -> Tensor:
         beta1, beta2 = self.betas
         R = _compute(R)
         m, v = state["exp_avg"].to(R.dtype), state["exp_avg_sq"].to(R.dtype)
-        m.lerp_(R, 1 - beta1)
-        v.mul_(beta2).addcmul_(R, R, value=1 - beta2)
+        m.lerp_(R, _if(use, 1 - beta1, 0.0, R))
+        v.mul_(_if(use, beta2, 1.0, R))
+        v.addcmul_(R, R, value=1 - beta2)
         state["exp_avg"].copy_(m)
         state["exp_avg_sq"].copy_(v)
         if not self.bias_correction:
@@ -103,9 +106,10 @@ class Adafactor:
             return {"exp_avg_sq": torch.zeros_like(R)}
         return {"exp_avg_sq_row": R.new_zeros(R.shape[:-1]), "exp_avg_sq_col": R.new_zeros(R.shape[:-2] + R.shape[-1:])}
 
-    def update(self, R: Tensor, state: State, step: Tensor) -> Tensor:
+    def update(self, R: Tensor, state: State, step: Tensor, use: Tensor | None = None) -> Tensor:
         R = _compute(R)
         weight = step.double() ** self.decay_rate  # 1 - beta_t, a 0-d tensor: no host sync
+        weight = weight if use is None else weight.to(use.device, non_blocking=True) * use
         square = R.square().add_(self.eps)
         if R.ndim < 2:
             v = state["exp_avg_sq"].to(R.dtype)
@@ -136,12 +140,12 @@ class Lion:
     def init(self, R: Tensor) -> State:
         return {"exp_avg": torch.zeros_like(R)}
 
-    def update(self, R: Tensor, state: State, step: Tensor) -> Tensor:
+    def update(self, R: Tensor, state: State, step: Tensor, use: Tensor | None = None) -> Tensor:
         beta1, beta2 = self.betas
         R = _compute(R)
         m = state["exp_avg"].to(R.dtype)
         U = torch.lerp(m, R, 1 - beta1).sign_()
-        state["exp_avg"].copy_(m.lerp_(R, 1 - beta2))
+        state["exp_avg"].copy_(m.lerp_(R, _if(use, 1 - beta2, 0.0, R)))
         return U
 
 
@@ -161,14 +165,19 @@ class SGDMomentum:
     def init(self, R: Tensor) -> State:
         return {"momentum_buffer": torch.zeros_like(R)} if self.momentum else {}
 
-    def update(self, R: Tensor, state: State, step: Tensor) -> Tensor:
+    def update(self, R: Tensor, state: State, step: Tensor, use: Tensor | None = None) -> Tensor:
         R = _compute(R)
         if not self.momentum:
             return R
         buf = state["momentum_buffer"].to(R.dtype)
-        buf.mul_(self.momentum).add_(R)
+        buf.mul_(_if(use, self.momentum, 1.0, R)).add_(R)
         state["momentum_buffer"].copy_(buf)
         return torch.add(R, buf, alpha=self.momentum) if self.nesterov else buf
+
+
+def _if(use: Tensor | None, value: float, otherwise: float, R: Tensor) -> Any:
+    """`value`, or `otherwise` if `use` is False: a number if there is no `use`, else a 0-d tensor of R's dtype."""
+    return value if use is None else torch.where(use, R.new_full((), value), otherwise)
 
 
 def _compute(X: Tensor) -> Tensor:

@@ -235,7 +235,11 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
             )
             if not finite:
                 partly = gradients == "update" and math.isfinite(loss_value)
-                what = "gradients that are not finite counted as zero" if partly else "skipped, nothing was updated"
+                what = (
+                    "parameters whose gradient is not finite were not updated"
+                    if partly
+                    else "skipped, nothing was updated"
+                )
                 log.say(f"step {step}: loss {loss_value:g}, gradient norm {norm_value:g}: {what}")
             if progress.skipped_in_a_row == MAX_SKIPPED:
                 raise FloatingPointError(
