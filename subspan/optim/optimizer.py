@@ -95,7 +95,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     State is tensors only and exists from construction: `step` and `refreshes` (0-d, CPU), `basis` (d, r), the rule's.
     `grad_norm` is a 0-d tensor, the norm of the last step before clipping; reading it is the caller's host sync, `step()`
     makes none outside refreshes. A gradient that is not finite counts as zero (decided per parameter, with `max_grad_norm`
-    over all of them) and is never used for a basis; a loop that would rather skip such a step calls `prepare()` first.
+    over all of them; in `update` its parameter is left out) and is never used for a basis; a loop that would rather skip such a
+    step calls `prepare()` first.
     """
 
     def __init__(
