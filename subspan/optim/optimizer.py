@@ -265,8 +265,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         side = pick_side(G.shape, group["proj_type"])
         if refresh and self.refresh_due(p):
             self._refresh_basis(p, G, side, Q)
-        R = project(orient(G, side), Q.to(G.dtype))
-        return mask_null_directions(R) if self.mask_null else R
+        return self._masked(project(orient(G, side), Q.to(G.dtype)))
 
     def apply(self, group: dict[str, Any], p: Tensor, R: Tensor, use: Tensor | None = None) -> None:
         """Update p from its low-rank gradient R (r, k), or from its gradient if it is dense.
@@ -307,7 +306,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 raise ValueError("sparse gradients are not supported: use nn.Embedding(sparse=False)")
         for group, p in self._parameters():
             if p in taken:
-                R = mask_null_directions(taken.pop(p)) if self.mask_null else taken.pop(p)
+                R = self._masked(taken.pop(p))
             elif p.grad is not None:
                 R = self.project(group, p, refresh)
             else:
@@ -315,6 +314,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             if self.gradients == "update" or (self.gradients == "project" and "rank" in group):
                 p.grad = None
             yield group, p, R, norm_of(R)
+
+    def _masked(self, R: Tensor) -> Tensor:
+        return mask_null_directions(R) if self.mask_null else R
 
     @staticmethod
     def _total(norms: Sequence[Tensor]) -> Tensor:
@@ -335,10 +337,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def refresh_due(self, p: Tensor) -> bool:
         """Whether the next step of the projected parameter p finds it a new basis; known to the host."""
         after: int = self._steps[p] - self.first_refresh(p)
+        # A first gradient of zero (a zero-initialised layer above) finds no basis: then the next one does.
         if self.refresh.first == "gradient" and self._refreshes[p] == 0:
-            return (
-                True  # a first gradient of zero (a zero-initialised layer above) finds no basis: then the next one does
-            )
+            return True
         return after >= 0 and after % self.group_of(p)["update_proj_gap"] == 0
 
     def first_refresh(self, p: Tensor) -> int:

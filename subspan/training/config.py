@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from subspan.extras import require
+from subspan.optim.backward import Gradients
 
 Preset = Literal["galore", "paper", "galore_adafactor", "galore_lion", "galore_sgd", "adamw"]
 ProjectorName = Literal["subspace_iteration", "svd", "randomized_svd", "random"]
-Gradients = Literal["hold", "project", "update"]
 
 
 @dataclass
