@@ -383,6 +383,11 @@ def test_a_resume_that_names_nothing_is_refused(tmp_path: Path) -> None:
     other.resume = "auto"
     with pytest.raises(ValueError, match=r"no checkpoint in .* is good"):
         train(other)
+    other = config_of(tmp_path, out=str(tmp_path / "finished"), steps=3, warmup_steps=1)
+    train(other)
+    other.resume = "auto"
+    with pytest.raises(ValueError, match="is finished and has no checkpoint"):
+        train(other)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("not ours")
     config.resume = "auto"

@@ -7,6 +7,7 @@ import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -62,7 +63,8 @@ class StopSignal:
         if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
-        self.say(f"{signal.Signals(number).name}: finishing this step and saving; Ctrl-C again stops at once")
+        with suppress(RuntimeError):  # Python does not print inside a print: the request counts, heard or not
+            self.say(f"{signal.Signals(number).name}: finishing this step and saving; Ctrl-C again stops at once")
 
     def until_asked(self, items: Iterable[T]) -> Iterator[T]:
         """`items`, up to the request: then `Interrupted`."""
@@ -126,6 +128,10 @@ def find_start(config: TrainConfig, say: Callable[[str], None] = print) -> tuple
         start = newest(out / CHECKPOINTS, say)
         if start is None and any((out / CHECKPOINTS).glob("step_*")):
             raise ValueError(f"resume=auto: no checkpoint in {out / CHECKPOINTS} is good: remove them to start again")
+        if start is None and (out / "summary.json").exists():
+            raise ValueError(
+                f"resume=auto: {out} is finished and has no checkpoint: name another folder with --run.out"
+            )
         say(f"resume: {start}" if start else f"resume: {out} has no checkpoint yet, starting from the beginning")
         return out, start
     path = Path(config.resume).expanduser()
