@@ -1,8 +1,8 @@
 """Subspan trains every parameter of a large language model in a fraction of the memory."""
 
-from subspan.optim.groups import describe_groups, param_groups
+from subspan.optim.groups import describe_groups, param_groups, quantize_weights
 from subspan.optim.optimizer import ProjectedOptimizer, Refresh
-from subspan.optim.presets import GaLoreAdafactor, GaLoreAdamW, GaLoreLion, GaLoreSGD
+from subspan.optim.presets import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreLion, GaLoreSGD, QGaLoreAdamW
 from subspan.optim.projectors import SVD, Random, RandomizedSVD, SubspaceIteration
 from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
 
@@ -14,10 +14,12 @@ __all__ = [
     "Adam",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "GaLoreAdamW8bit",
     "GaLoreLion",
     "GaLoreSGD",
     "Lion",
     "ProjectedOptimizer",
+    "QGaLoreAdamW",
     "Random",
     "RandomizedSVD",
     "Refresh",
@@ -25,4 +27,5 @@ __all__ = [
     "SubspaceIteration",
     "describe_groups",
     "param_groups",
+    "quantize_weights",
 ]

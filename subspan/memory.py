@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from subspan.optim.int8 import stored_tensors
 from subspan.optim.optimizer import ProjectedOptimizer
 
 GIB = 2**30
@@ -56,12 +57,12 @@ def count_memory(model: nn.Module, optimizer: torch.optim.Optimizer) -> MemoryTa
     basis = moments = 0
     for state in optimizer.state.values():
         for key, value in state.items():
-            if key == "basis":
+            if key.startswith("basis"):
                 basis += _bytes(value)
             elif isinstance(value, Tensor):
                 moments += _bytes(value)
     return MemoryTable(
-        weights=sum(map(_bytes, [*parameters, *model.buffers()])),
+        weights=sum(_bytes(X) for p in [*parameters, *model.buffers()] for X in stored_tensors(p)),
         gradients=_waiting_gradients(trainable, optimizer),
         basis=basis,
         moments=moments,
@@ -82,11 +83,10 @@ def _waiting_gradients(trainable: list[nn.Parameter], optimizer: torch.optim.Opt
         return sum(map(_bytes, trainable))
     waiting, refreshed = 0, dict[tuple[int, int], int]()
     for p in trainable:
-        basis = optimizer.state.get(p, {}).get("basis")
-        if basis is None:
+        if "refreshes" not in optimizer.state.get(p, {}):
             waiting += _bytes(p)
             continue
-        d, r = basis.shape[-2:]
+        d, r = optimizer.shapes(p)[0][-2:]
         low_rank = _bytes(p) // d * r
         waiting += low_rank
         when = (optimizer.first_refresh(p), optimizer.group_of(p)["update_proj_gap"])

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "subspan"
 
 LAYERS = {
     "extras": 0,
+    "optim.int8": 1,
     "optim.projectors": 1,
     "optim.quant": 1,
     "optim.rules": 1,
@@ -18,6 +19,7 @@ LAYERS = {
     "optim.groups": 2,
     "optim.optimizer": 2,
     "optim.presets": 2,
+    "optim.update": 2,
     "memory": 3,
     "training.checkpoint": 3,
     "training.config": 3,
@@ -32,7 +34,8 @@ LAYERS = {
     "cli": 5,
     "compat": 5,
 }
-# Presets are the optimizer with a rule; the optimizer reads groups and owns its hooks, which know its type; data and corpus,
+# Presets are the optimizer with a rule; the optimizer reads groups and owns its hooks, which know its type, and both go through
+# weights by update's parts; data and corpus,
 # trainer, text and resume are one module each, cut for length; a checkpoint asks memory whether a copy fits.
 SIBLINGS = {
     ("optim.presets", "optim.optimizer"),
@@ -40,12 +43,15 @@ SIBLINGS = {
     ("optim.optimizer", "optim.backward"),
     ("optim.backward", "optim.optimizer"),
     ("optim.backward", "optim.groups"),
+    ("optim.optimizer", "optim.update"),
+    ("optim.backward", "optim.update"),
     ("training.checkpoint", "memory"),
     ("training.data", "training.corpus"),
     ("training.trainer", "training.text"),
     ("training.trainer", "training.resume"),
 }
 TORCH_ALONE = {
+    "optim.int8",
     "optim.projectors",
     "optim.quant",
     "optim.rules",
@@ -53,6 +59,7 @@ TORCH_ALONE = {
     "optim.groups",
     "optim.optimizer",
     "optim.presets",
+    "optim.update",
     "memory",
     "compat",
 }

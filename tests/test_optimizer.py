@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import subspan
+from subspan.optim import quant
 from subspan.optim.projectors import captured_energy, orient, random_basis
 from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
 
@@ -269,10 +270,12 @@ def load_distributed(source, target, path):
 
 
 @pytest.mark.parametrize("load", [load_plain, load_distributed])
-@pytest.mark.parametrize("state_dtype", [torch.float32, None])
-def test_a_resumed_optimizer_continues_bit_for_bit(load, state_dtype, tmp_path):
-    """fp32 moments of bf16 weights too: torch alone would cast them to bf16."""
-    source, target = two_optimizers(state_dtype=state_dtype)
+@pytest.mark.parametrize("state_dtype", [torch.float32, None, torch.int8, torch.int4])
+def test_a_resumed_optimizer_continues_bit_for_bit(load, state_dtype, tmp_path, monkeypatch):
+    """fp32 moments of bf16 weights too, and codes: torch alone would cast them to bf16."""
+    monkeypatch.setattr(quant, "MIN_ELEMENTS", 0)
+    low = {"basis_dtype": torch.int4, "stochastic_rounding": True} if state_dtype == torch.int4 else {}
+    source, target = two_optimizers(state_dtype=state_dtype, **low)
     feed(source[1], list(source[0].parameters()), 5)
     target[0].load_state_dict(source[0].state_dict())
     load(source, target, tmp_path / "optimizer.pt")
@@ -286,6 +289,17 @@ def test_a_resumed_optimizer_continues_bit_for_bit(load, state_dtype, tmp_path):
         feed(optimizer, list(model.parameters()), 5, seed=9)
     for a, b in zip(source[0].parameters(), target[0].parameters(), strict=True):
         assert a.equal(b)
+
+
+def test_quantize_weights_takes_what_param_groups_projects():
+    model = nn.Module()
+    model.embed = nn.Embedding(20, 8)
+    model.layers = nn.ModuleList([nn.Linear(8, 12), nn.Linear(12, 8)])
+    subspan.quantize_weights(model)
+    quantized = [name for name, p in model.named_parameters() if type(p.data).__name__ == "Int8Weight"]
+    assert quantized == ["layers.0.weight", "layers.1.weight"]
+    subspan.quantize_weights(model, ["embed.weight"])
+    assert type(model.embed.weight.data).__name__ == "Int8Weight"
 
 
 def test_state_exists_from_construction_and_its_keys_never_change():
@@ -348,12 +362,19 @@ def test_a_parameter_without_gradient_is_left_alone():
     assert optimizer.state[p]["step"].item() == 3
 
 
-def test_a_normal_step_never_asks_the_device(monkeypatch):
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.int8, torch.int4])
+def test_a_normal_step_never_asks_the_device(monkeypatch, state_dtype):
     """No host sync outside refreshes: every way to read a tensor's value from Python is forbidden."""
+    monkeypatch.setattr(quant, "MIN_ELEMENTS", 0)
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 6))
+    model = model.to(torch.bfloat16)
     weights, biases = [m.weight for m in model], [m.bias for m in model]
     for rule in RULES.values():
-        optimizer = subspan.ProjectedOptimizer([group(*weights), {"params": biases}], rule=rule, max_grad_norm=1.0)
+        low = {"state_dtype": state_dtype, "basis_dtype": torch.int4, "stochastic_rounding": True}
+        low = {} if state_dtype == torch.float32 or isinstance(rule, subspan.Adafactor) else low
+        optimizer = subspan.ProjectedOptimizer(
+            [group(*weights), {"params": biases}], rule=rule, max_grad_norm=1.0, **low
+        )
         feed(optimizer, weights + biases, 1)
 
         def forbidden(self, *args, **kwargs):
@@ -465,8 +486,10 @@ def test_a_bad_group_added_later_leaves_the_optimizer_as_it_was():
     ("kwargs", "message"),
     [
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
-        ({"state_dtype": torch.int8}, "state_dtype=torch.int8"),
+        ({"state_dtype": torch.int16}, "state_dtype=torch.int16"),
+        ({"dense_state_dtype": torch.uint8}, "dense_state_dtype=torch.uint8"),
         ({"basis_dtype": torch.int8}, "basis_dtype=torch.int8"),
+        ({"dense_rule": subspan.Adafactor(), "dense_state_dtype": torch.int8}, "no moment to store with Adafactor"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"lr": float("nan")}, "lr=nan"),
     ],

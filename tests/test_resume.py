@@ -19,6 +19,7 @@ from torch import nn
 
 import subspan
 from subspan.cli import main
+from subspan.optim import quant
 from subspan.training import trainer
 from subspan.training.checkpoint import Checkpointer, load
 from subspan.training.config import TrainConfig, save_config
@@ -33,14 +34,28 @@ PROJECTORS = {
     "subspace_iteration": subspan.SubspaceIteration(),
     "random": subspan.Random(),
 }
-STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CASES = list(itertools.product(("hold", "project", "update"), RULES, PROJECTORS, STATE_DTYPES))
+STATES = {
+    "fp32": {"state_dtype": torch.float32},
+    "bf16": {"state_dtype": torch.bfloat16},
+    "int8, rounded": {"state_dtype": torch.int8, "stochastic_rounding": True},
+    "int4, basis int4": {"state_dtype": torch.int4, "basis_dtype": torch.int4},
+}
+CASES = [
+    case
+    for case in itertools.product(("hold", "project", "update"), RULES, PROJECTORS, STATES)
+    if not (case[1] == "adafactor" and case[3].startswith("int"))
+]
 
 
 # ------------------------------------------------------------------------------- every mode, rule, projector, state dtype
 
 
-def build(gradients: str, rule: str, projector: str, state_dtype: str) -> tuple[nn.Module, subspan.ProjectedOptimizer]:
+@pytest.fixture(autouse=True)
+def _no_tensor_is_too_small_for_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant, "MIN_ELEMENTS", 0)
+
+
+def build(gradients: str, rule: str, projector: str, state: str) -> tuple[nn.Module, subspan.ProjectedOptimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 10), nn.Dropout(0.1), nn.Linear(10, 4)).to(torch.bfloat16)
     optimizer = subspan.ProjectedOptimizer(
@@ -49,7 +64,7 @@ def build(gradients: str, rule: str, projector: str, state_dtype: str) -> tuple[
         rule=RULES[rule],
         projector=PROJECTORS[projector],
         gradients=gradients,
-        state_dtype=STATE_DTYPES[state_dtype],
+        **STATES[state],
     )
     return model, optimizer
 
@@ -66,12 +81,12 @@ def steps(model: nn.Module, optimizer: subspan.ProjectedOptimizer, first: int, l
     return losses
 
 
-@pytest.mark.parametrize(("gradients", "rule", "projector", "state_dtype"), CASES)
+@pytest.mark.parametrize(("gradients", "rule", "projector", "state"), CASES)
 def test_a_checkpoint_continues_bit_for_bit(
-    tmp_path: Path, gradients: str, rule: str, projector: str, state_dtype: str
+    tmp_path: Path, gradients: str, rule: str, projector: str, state: str
 ) -> None:
     """Stopped after one of the steps 1 to 9, another for each case: over three refreshes and between them."""
-    case = (gradients, rule, projector, state_dtype)
+    case = (gradients, rule, projector, state)
     stop = 1 + CASES.index(case) % 9
     straight = build(*case)
     torch.manual_seed(1)
@@ -136,14 +151,16 @@ def same_run(one: Path, other: Path) -> None:
     assert all(X.equal(theirs[name]) for name, X in weights(one).items())
 
 
-@pytest.mark.parametrize("gradients", ["hold", "project", "update"])
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, gradients: str) -> None:
+@pytest.mark.parametrize(
+    ("gradients", "preset"), [("hold", "galore"), ("project", "galore"), ("update", "galore"), ("project", "qgalore")]
+)
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, gradients: str, preset: str) -> None:
     """Stopped twice, by SIGTERM and by Ctrl-C, inside an epoch and a refresh interval."""
     change = {"run": {"micro_batch": None}} if gradients == "update" else {"run": {}}
     configs = []
     for name in ("straight", "stopped"):
         config = config_of(tmp_path, out=str(tmp_path / name), eval_every=10, **change["run"])
-        config.optim.gradients = gradients  # type: ignore[assignment]
+        config.optim.gradients, config.optim.preset = gradients, preset  # type: ignore[assignment]
         config.optim.max_grad_norm = None if gradients == "update" else 1.0
         configs.append(config)
     train(configs[0])

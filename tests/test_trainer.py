@@ -25,6 +25,9 @@ PRESETS = {  # a learning rate at which 20 steps of each learn something
     "galore_lion": 0.005,
     "galore_sgd": 0.5,
     "adamw": 0.01,
+    "galore8bit": 0.02,
+    "qgalore": 0.02,
+    "adamw8bit": 0.01,
 }
 
 
@@ -44,6 +47,19 @@ def test_every_preset_learns(tmp_path: Path, preset: str) -> None:
     config = tiny_config(tmp_path, optim={"preset": preset, "lr": PRESETS[preset]}, run={"export": False})
     summary = train(config)
     assert summary["first_loss"] > math.log(150)  # nothing is known at first: the loss is about that of guessing
+    assert summary["valid_loss"] < summary["first_loss"] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("optim", "model"),
+    [
+        ({"state_dtype": "int4", "basis_dtype": "int4", "dense_rule": "adafactor"}, {}),
+        ({"dense_rule": "sgd", "dense_lr": 0.5, "stochastic_rounding": True}, {"dtype": "bfloat16"}),
+        ({"dense_state_dtype": "int8", "targets": ["embed_tokens", "mlp"]}, {"int8": True}),
+    ],
+)
+def test_state_in_few_bits_and_cheap_dense_state_learn(tmp_path: Path, optim: dict, model: dict) -> None:
+    summary = train(tiny_config(tmp_path, optim=optim, model=model, run={"export": False}))
     assert summary["valid_loss"] < summary["first_loss"] - 0.5
 
 
@@ -89,8 +105,10 @@ def test_bfloat16_learns(tmp_path: Path, autocast: bool) -> None:
     assert exported.dtype == getattr(torch, model["dtype"])
 
 
-def test_the_exported_model_has_the_loss_of_the_summary(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path)
+@pytest.mark.parametrize("preset", ["galore", "qgalore"])
+def test_the_exported_model_has_the_loss_of_the_summary(tmp_path: Path, preset: str) -> None:
+    """INT8 weights too are exported as ordinary ones."""
+    config = tiny_config(tmp_path, optim={"preset": preset})
     summary = train(config)
     folder = tmp_path / "run" / "model"
     assert (folder / "model.safetensors").exists()
@@ -99,6 +117,7 @@ def test_the_exported_model_has_the_loss_of_the_summary(tmp_path: Path) -> None:
     assert model.config.eos_token_id == tokenizer.eos_token_id is not None
     valid = load_data(config.data, str(folder)).valid_loader(3, None)
     assert evaluate(model, valid).loss == pytest.approx(summary["valid_loss"], rel=1e-6)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_activation_checkpointing_changes_no_loss(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.utils.hooks import RemovableHandle
 
 from subspan.optim.groups import as_matrix
 from subspan.optim.projectors import orient, pick_side, project
+from subspan.optim.update import parts_of
 
 if TYPE_CHECKING:
     from subspan.optim.optimizer import ProjectedOptimizer
@@ -80,7 +82,7 @@ class Backward:
             return
         G = as_matrix(G.contiguous(), group)
         A = orient(G, pick_side(G.shape, group["proj_type"]))
-        Q = optimizer.state[p]["basis"].to(G.dtype)
+        Q = optimizer.basis(p, G.dtype)
         R = self.low_rank.get(p)
         if R is None:
             self.low_rank[p] = project(A, Q)
@@ -121,5 +123,11 @@ class Backward:
 
 def norm_of(X: Tensor) -> Tensor:
     """Euclidean norm of all elements, 0-d, in fp32 or wider."""
-    norm: Tensor = torch.linalg.vector_norm(X, dtype=torch.promote_types(X.dtype, torch.float32))
-    return norm
+    dtype = torch.promote_types(X.dtype, torch.float32)
+    if X.dtype == dtype or X.ndim == 0:
+        whole: Tensor = vector_norm(X, dtype=dtype)
+        return whole
+    # On the CPU torch makes a copy of `dtype` first: of a part at a time
+    parts = [vector_norm(X.narrow(0, start, length), dtype=dtype) for start, length in parts_of(X, 0)]
+    total: Tensor = vector_norm(torch.stack(parts))
+    return total

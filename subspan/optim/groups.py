@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from subspan.optim import int8
 from subspan.optim.projectors import check_proj_type
 
 Named = Sequence[tuple[str, Tensor]]
@@ -62,7 +63,7 @@ def param_groups(
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("model has no trainable parameter: set requires_grad=True on what shall be trained")
-    chosen = _targeted(trainable, targets) if targets is not None else _default_targets(model, trainable)
+    chosen = _targeted(trainable, targets) if targets is not None else default_targets(model)
     if not chosen:
         raise ValueError(
             "targets=None found no linear layer in numbered blocks: name the weights, as in targets=['attn', 'mlp']"
@@ -85,6 +86,17 @@ def param_groups(
     if verbose:
         print(describe_groups(groups))
     return groups
+
+
+def quantize_weights(model: nn.Module, names: Iterable[str] | None = None, group_size: int = int8.GROUP_SIZE) -> None:
+    """Keep weights of `model` in 8 bits (`int8.Int8Weight`), in place and one by one. Call it before `param_groups`.
+
+    names: of parameters, weights of Linear, Embedding or Conv1D modules; None: those that `param_groups` projects by default.
+    group_size: values along a row that share a scale.
+
+    Raises ValueError: a name that `model.named_parameters()` has not, a parameter that is no floating matrix.
+    """
+    int8.quantize_weights(model, default_targets(model) if names is None else names, group_size)
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]]) -> str:
@@ -119,7 +131,8 @@ def _given(lr: float | None) -> dict[str, float]:
     return {} if lr is None else {"lr": lr}
 
 
-def _default_targets(model: nn.Module, trainable: Named) -> set[str]:
+def default_targets(model: nn.Module) -> set[str]:
+    """Names of the weights that `param_groups` projects by default: of the trainable linear layers in numbered blocks."""
     matrices = {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -127,7 +140,11 @@ def _default_targets(model: nn.Module, trainable: Named) -> set[str]:
         and IN_BLOCK.search(f".{name}.")
         and not ROUTER.search(name.rpartition(".")[2])
     }
-    return {name for name, p in trainable if name in matrices and p.ndim == 2 and min(p.shape) > 1}
+    return {
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and name in matrices and p.ndim == 2 and min(p.shape) > 1
+    }
 
 
 def _targeted(trainable: Named, targets: Sequence[str]) -> set[str]:
@@ -179,9 +196,15 @@ def _examples(trainable: Named) -> str:
 
 def as_matrix(X: Tensor, group: dict[str, Any]) -> Tensor:
     """A parameter or its gradient as a matrix or a batch of matrices: a view of the same memory."""
+    shape = matrix_shape(X.shape, group)
+    return X if shape == X.shape else X.view(shape)
+
+
+def matrix_shape(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of that view."""
     if group.get("view", "matrix") == "conv":
-        return X.view(X.shape[0], -1)
-    return X if X.ndim <= 3 else X.view(-1, *X.shape[-2:])
+        return (shape[0], math.prod(shape[1:]))
+    return tuple(shape) if len(shape) <= 3 else (math.prod(shape[:-2]), *shape[-2:])
 
 
 def check_group(group: dict[str, Any], names: list[str]) -> None:

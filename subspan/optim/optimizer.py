@@ -6,11 +6,11 @@ For every parameter of a group with a `rank`, once a step (docs/theory.md; arXiv
     Q = projector.basis(G, ...)        (d, r)    only every `update_proj_gap` steps
     R = Q^T A                          (r, k)
     U = rule.update(R)                 (r, k)    moments live here
-    W <- (1 - lr decay) W - lr scale orient(Q U)          one in-place product, no full-size temporary
+    W <- (1 - lr decay) W - lr scale orient(Q U)          in place, part by part (update.py), no full-size temporary
 
 A group without a `rank` is dense: U = rule.update(G), W <- (1 - lr decay) W - lr U.
 
-How long gradients live (`gradients`) is backward.py's part.
+How long gradients live (`gradients`) is backward.py's part, what moments and bases are stored in quant.py's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from subspan.optim.backward import Backward, Gradients, norm_of
-from subspan.optim.groups import as_matrix, check_group, check_whole
+from subspan.optim.groups import as_matrix, check_group, check_whole, matrix_shape
+from subspan.optim.int8 import Int8Weight
 from subspan.optim.projectors import (
     Projector,
     Side,
@@ -37,10 +38,17 @@ from subspan.optim.projectors import (
     project,
     random_basis,
 )
+from subspan.optim.quant import Bits, Store, init_basis, read_basis, write_basis
 from subspan.optim.rules import Adam, Rule
+from subspan.optim.update import update_weight, works_by_parts
 
 Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor]
 """A group, a parameter of it, its R (its gradient if it is dense), the norm of R."""
+
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # missing in torch's own types
+
+LOW_BITS: dict[torch.dtype, Bits] = {torch.int8: 8, INT4: 4}
+"""State dtypes that name codes: block-wise, with a scale a block (quant.py)."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             "conv" (first dimension x the rest) or "batch" (leading dimensions are a batch of matrices).
         lr: learning rate, a float (a 0-d CPU tensor is accepted).
         rule: `Adam()`, `Adafactor()`, `Lion()`, `SGDMomentum()`.
+        dense_rule: rule of dense parameters, such as Adafactor() for large embeddings; None: `rule`.
         projector: `SubspaceIteration()`, `SVD()`, `RandomizedSVD()`, `Random()`.
         refresh: see `Refresh`.
         weight_decay: decoupled, as in torch.optim.AdamW: W <- (1 - lr decay) W before the update; `scale` does not touch it.
@@ -88,11 +97,17 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         max_grad_norm: clip to this norm, that of (R of projected, G of dense parameters); None: no clipping. Dense gradients
             are clipped in place, as torch.nn.utils.clip_grad_norm_ does; those of projected parameters stay as they are.
             Not in `update`, where no step sees all gradients.
-        state_dtype: dtype of the rule's state; None: the parameter's.
-        basis_dtype: dtype of the basis; None: the parameter's.
+        state_dtype: dtype of the rule's state: torch.float32, torch.bfloat16, or torch.int8 and torch.int4 for moments in
+            codes, two of the latter a byte (quant.py; tensors of fewer than 4096 elements and vectors stay in fp32); None: the
+            parameter's.
+        dense_state_dtype: the same for dense parameters; None: as state_dtype, where the dense rule can hold it, else fp32.
+        basis_dtype: dtype of the basis, torch.int4 for packed codes; None: the parameter's.
+        stochastic_rounding: round updates of bf16 weights at random, so that small ones add up instead of being lost: the mean of
+            the rounded weight is the exact one. fp32 weights are exact without; INT8 weights (int8.py) are always rounded so.
         mask_null: count rows of R that hold only rounding noise as zero (`mask_null_directions`).
 
-    State is tensors only and exists from construction: `step` and `refreshes` (0-d, CPU), `basis` (d, r), the rule's.
+    State is tensors only and exists from construction: `step` and `refreshes` (0-d, CPU), `basis` (d, r), the rule's; what is in
+    codes is two tensors, `exp_avg.codes` (uint8) and `exp_avg.scale` (fp32), (k, r) and (k, ceil(r / block)).
     `grad_norm` is a 0-d tensor, the norm of the last step before clipping; reading it is the caller's host sync, `step()`
     makes none outside refreshes. A gradient that is not finite counts as zero (decided per parameter, with `max_grad_norm`
     over all of them; in `update` its parameter is left out) and is never used for a basis; a loop that would rather skip such a
@@ -105,6 +120,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         lr: float = 1e-3,
         *,
         rule: Rule | None = None,
+        dense_rule: Rule | None = None,
         projector: Projector | None = None,
         refresh: Refresh | None = None,
         gradients: Gradients = "hold",
@@ -112,12 +128,18 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         decay_after_update: bool = False,
         max_grad_norm: float | None = None,
         state_dtype: torch.dtype | None = torch.float32,
+        dense_state_dtype: torch.dtype | None = None,
         basis_dtype: torch.dtype | None = None,
         mask_null: bool = True,
+        stochastic_rounding: bool = False,
     ) -> None:
-        for name, dtype in (("state_dtype", state_dtype), ("basis_dtype", basis_dtype)):
-            if dtype is not None and not dtype.is_floating_point:
-                raise ValueError(f"{name}={dtype} must be a floating dtype, such as torch.float32 or torch.bfloat16")
+        rule = Adam() if rule is None else rule
+        dense_rule = rule if dense_rule is None else dense_rule
+        if dense_state_dtype is None:
+            dense_state_dtype = state_dtype
+            if state_dtype in LOW_BITS and not works_by_parts(dense_rule) and dense_rule is not rule:
+                dense_state_dtype = torch.float32
+        _check_dtypes(state_dtype, rule, dense_state_dtype, dense_rule, basis_dtype)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={max_grad_norm!r} must be positive: use None for no clipping")
         if gradients not in get_args(Gradients):
@@ -127,7 +149,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 f"max_grad_norm={max_grad_norm!r} needs the norm of all gradients, which gradients='update' never sees "
                 "together: use gradients='project' or drop max_grad_norm"
             )
-        self.rule = Adam() if rule is None else rule
+        self.rule = rule
+        self.dense_rule = dense_rule
         self.projector = SubspaceIteration() if projector is None else projector
         self.gradients = gradients
         refresh = Refresh() if refresh is None else refresh
@@ -135,8 +158,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self.decay_after_update = decay_after_update
         self.max_grad_norm = max_grad_norm
         self.state_dtype = state_dtype
+        self.dense_state_dtype = dense_state_dtype
         self.basis_dtype = basis_dtype
         self.mask_null = mask_null
+        self.stochastic_rounding = stochastic_rounding
         self.grad_norm: Tensor = torch.zeros(())
         self.refresh_seconds = 0.0
         self.prepared: list[Prepared] | None = None
@@ -146,6 +171,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._index: dict[Tensor, int] = {}  # position among the projected parameters, for seeds
         self._offset: dict[Tensor, int] = {}  # step of the first true refresh, for first="random"
         self._group: dict[Tensor, int] = {}  # position of its group in param_groups
+        self._position: dict[Tensor, int] = {}  # among all parameters, for the seeds of rounding
         self._backward: Backward | None = None
         self._built = False
         defaults = {"lr": lr, "weight_decay": weight_decay, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
@@ -181,23 +207,44 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
         shape = p.shape
         if "rank" in group:
-            matrix = as_matrix(p, group)
-            side = pick_side(matrix.shape, group["proj_type"])
-            rank = effective_rank(group["rank"], matrix.shape)
-            *batch, d, k = orient(matrix, side).shape
-            shape = torch.Size((*batch, rank, k))
+            basis_shape, shape = self.shapes(p)
             self._index[p] = len(self._index)
             self._refreshes[p] = 0
             state["refreshes"] = torch.zeros((), dtype=torch.float32)
-            state["basis"] = torch.empty((*batch, d, rank), dtype=self.basis_dtype or p.dtype, device=p.device)
+            if self.basis_dtype in LOW_BITS:
+                state |= init_basis(basis_shape, p.device)
+            else:
+                state["basis"] = torch.empty(basis_shape, dtype=self.basis_dtype or p.dtype, device=p.device)
             if self.refresh.first == "random" and not p.is_meta:
-                state["basis"].copy_(random_basis((*batch, d, rank), self._seed(p), p.device))
+                write_basis(state, random_basis(basis_shape, self._seed(p), p.device))
             else:  # orthonormal from the start, although the first step replaces it
-                state["basis"].copy_(torch.eye(d, rank, device=p.device))
-        template = torch.empty(shape, dtype=self.state_dtype or p.dtype, device=p.device)
-        state.update(self.rule.init(template))
+                write_basis(state, torch.eye(*basis_shape[-2:], device=p.device).expand(basis_shape))
+        rule, store, dtype = self._memory(group)
+        template = torch.empty(shape, dtype=dtype or p.dtype, device="meta")
+        state.update(store.init(rule.init(template), p.device))
         self.state[p] = state
+        self._position[p] = len(self._position)
         self._steps[p] = 0
+
+    def shapes(self, p: Tensor) -> tuple[torch.Size, torch.Size]:
+        """Of the basis (..., d, r) and the low-rank gradient (..., r, k) of a projected parameter."""
+        group = self.group_of(p)
+        *batch, m, n = matrix_shape(p.shape, group)
+        d, k = (m, n) if pick_side((m, n), group["proj_type"]) == "left" else (n, m)
+        rank = effective_rank(group["rank"], (m, n))
+        return torch.Size((*batch, d, rank)), torch.Size((*batch, rank, k))
+
+    def basis(self, p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The basis Q (..., d, r) of a projected parameter, in `dtype` (None: fp32): a new tensor if it is stored otherwise."""
+        return read_basis(self.state[p], self.shapes(p)[0][-1], dtype or torch.float32)
+
+    def _memory(self, group: dict[str, Any]) -> tuple[Rule, Store, torch.dtype | None]:
+        """The rule of a group's parameters, how their moments are stored, and the dtype of those that are not in codes."""
+        projected = "rank" in group
+        dtype = self.state_dtype if projected else self.dense_state_dtype
+        bits = None if dtype is None else LOW_BITS.get(dtype)
+        rule = self.rule if projected else self.dense_rule
+        return rule, Store(bits, transposed=projected), torch.float32 if bits else dtype
 
     # --------------------------------------------------------------------------------------------------- step
 
@@ -261,11 +308,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         assert p.grad is not None
         if "rank" not in group:
             return p.grad
-        G, Q = as_matrix(p.grad.contiguous(), group), self.state[p]["basis"]
+        G = as_matrix(p.grad.contiguous(), group)
         side = pick_side(G.shape, group["proj_type"])
         if refresh and self.refresh_due(p):
-            self._refresh_basis(p, G, side, Q)
-        return self._masked(project(orient(G, side), Q.to(G.dtype)))
+            self._refresh_basis(p, G, side)
+        return self._masked(project(orient(G, side), self.basis(p, G.dtype)))
 
     def apply(self, group: dict[str, Any], p: Tensor, R: Tensor, use: Tensor | None = None) -> None:
         """Update p from its low-rank gradient R (r, k), or from its gradient if it is dense.
@@ -276,25 +323,32 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         state = self.state[p]
         state["step"].add_(1)
         self._steps[p] += 1
-        U = self.rule.update(R, state, state["step"], use)
         lr = float(group["lr"])
         keep = 1 - lr * group["weight_decay"]
         size = lr * keep if self.decay_after_update else lr
-        if use is not None and keep != 1:
-            p.mul_(torch.where(use, p.new_full((), keep), 1.0))
-            keep = 1.0
-        if "rank" not in group:
-            if keep != 1:
-                p.mul_(keep)
-            if use is None:
-                p.add_(U, alpha=-size)
-            else:
-                p.addcmul_(U, use.to(U.dtype), value=-size)
-            return
-        Q, W = state["basis"].to(p.dtype), as_matrix(p, group)
-        W = orient(W, pick_side(W.shape, group["proj_type"]))
-        product = W.addmm_ if W.ndim == 2 else W.baddbmm_
-        product(Q if use is None else Q * use, U.to(W.dtype), beta=keep, alpha=-size * group["scale"])
+        rule, store, _ = self._memory(group)
+        generator = None
+        if isinstance(p, Int8Weight) or (self.stochastic_rounding and p.dtype == torch.bfloat16):
+            generator = torch.Generator(device=p.device).manual_seed(self._rounding_seed(p))
+        if "rank" in group:
+            W = as_matrix(p, group)
+            update_weight(
+                W,
+                R,
+                state,
+                rule,
+                store,
+                side=pick_side(W.shape, group["proj_type"]),
+                Q=self.basis(p, p.dtype),
+                size=size * group["scale"],
+                keep=keep,
+                use=use,
+                generator=generator,
+            )
+        else:
+            update_weight(
+                p, R, state, rule, store, side=None, Q=None, size=size, keep=keep, use=use, generator=generator
+            )
 
     def _low_rank_gradients(self, refresh: bool = True) -> Iterator[Prepared]:
         """(group, p, R, norm of R) of every parameter with a gradient, each as it is asked for."""
@@ -351,20 +405,28 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             gap = self.group_of(p)["update_proj_gap"]
             self._offset[p] = i * min(self.refresh.stagger or gap, gap) // len(parameters)
 
-    def _refresh_basis(self, p: Tensor, G: Tensor, side: Side, Q: Tensor) -> None:
-        """Q <- the projector's basis for G, in place; untouched if G is zero or not finite (looking at G is a host sync)."""
+    def _refresh_basis(self, p: Tensor, G: Tensor, side: Side) -> None:
+        """p's basis <- the projector's basis for G, in place; untouched if G is zero or not finite (looking at it is a sync)."""
         begin = time.perf_counter()
         largest = float(torch.linalg.vector_norm(G, ord=math.inf))
         if math.isfinite(largest) and largest > 0:
             warm = self._refreshes[p] > 0  # a random first basis knows nothing of the gradient
             self._refreshes[p] += 1
             self.state[p]["refreshes"].add_(1)
-            Q.copy_(self.projector.basis(G, side, Q.shape[-1], Q if warm else None, self._seed(p)))
+            rank = self.shapes(p)[0][-1]
+            previous = self.basis(p) if warm else None
+            write_basis(self.state[p], self.projector.basis(G, side, rank, previous, self._seed(p)))
         self.refresh_seconds += time.perf_counter() - begin
 
     def _seed(self, p: Tensor) -> int:
         """One seed for each (parameter, refresh), the same on every process and after a resume."""
         return ((self.refresh.seed * 1_000_003 + self._index[p]) * 1_000_003 + self._refreshes[p]) % 2**63
+
+    def _rounding_seed(self, p: Tensor) -> int:
+        """One seed for each (parameter, step), apart from those of bases, the same after a resume."""
+        return (
+            ((self.refresh.seed * 1_000_033 + self._position[p]) * 1_000_003 + self._steps[p]) * 2_147_483_647 % 2**63
+        )
 
     def group_of(self, p: Tensor) -> dict[str, Any]:
         """The parameter group that p is in."""
@@ -427,3 +489,26 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if self._backward is None:
             self._hook()
+
+
+def _check_dtypes(
+    state: torch.dtype | None,
+    rule: Rule,
+    dense_state: torch.dtype | None,
+    dense_rule: Rule,
+    basis: torch.dtype | None,
+) -> None:
+    for name, dtype, low in (
+        ("state_dtype", state, (torch.int8, INT4)),
+        ("dense_state_dtype", dense_state, (torch.int8, INT4)),
+        ("basis_dtype", basis, (INT4,)),
+    ):
+        if dtype is not None and not dtype.is_floating_point and dtype not in low:
+            fewer = " or ".join(map(str, low))
+            raise ValueError(f"{name}={dtype} is not supported: use torch.float32, torch.bfloat16, {fewer}")
+    for name, dtype, r in (("state_dtype", state, rule), ("dense_state_dtype", dense_state, dense_rule)):
+        if dtype in LOW_BITS and not works_by_parts(r):
+            raise ValueError(
+                f"{name}={dtype} has no moment to store with {type(r).__name__}, whose state is small or needs all of it at "
+                f"once: use {name}=torch.float32, or Adam, Lion or SGDMomentum"
+            )

@@ -1,7 +1,8 @@
 """Presets: ProjectedOptimizer with a rule, a few lines each.
 
 All take parameter groups (`param_groups(model, rank=...)`), the learning rate and `ProjectedOptimizer`'s own keywords
-(projector, refresh, gradients, weight_decay, max_grad_norm, state_dtype, basis_dtype).
+(dense_rule, projector, refresh, gradients, weight_decay, max_grad_norm, state_dtype, dense_state_dtype, basis_dtype,
+stochastic_rounding).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from subspan.optim.optimizer import ProjectedOptimizer, Refresh
 from subspan.optim.projectors import SVD
@@ -31,6 +34,28 @@ class GaLoreAdamW(ProjectedOptimizer):
         **kwargs: Any,
     ) -> None:
         super().__init__(params, lr, rule=Adam(tuple(betas), eps), **kwargs)  # type: ignore[arg-type]
+
+
+class GaLoreAdamW8bit(GaLoreAdamW):
+    """8-bit GaLore (arXiv 2403.03507): GaLoreAdamW with its moments, dense parameters' too, in 8 bits, block by block.
+
+    With groups that are all dense it is 8-bit AdamW (arXiv 2110.02861). `param_groups(proj_type="reverse_std")` puts the basis
+    on the long side: with a bf16 basis both sides take the same bytes, with a 4-bit one the long side takes less.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, **kwargs: Any) -> None:
+        super().__init__(params, lr, **{"state_dtype": torch.int8, **kwargs})
+
+
+class QGaLoreAdamW(GaLoreAdamW8bit):
+    """Q-GaLore (arXiv 2407.08296): 8-bit moments, packed 4-bit basis, weights in 8 bits with stochastic rounding.
+
+    The weights are the model's: `subspan.quantize_weights(model)` before `param_groups`. bf16 weights stay bf16 and are
+    rounded at random as well. Refreshes come every `update_proj_gap` steps; the paper's lazy ones are not part of it.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, **kwargs: Any) -> None:
+        super().__init__(params, lr, **{"basis_dtype": torch.int4, "stochastic_rounding": True, **kwargs})  # type: ignore[attr-defined]
 
 
 class GaLoreAdafactor(ProjectedOptimizer):
@@ -88,9 +113,15 @@ def paper(
 
 PRESETS: dict[str, Callable[..., ProjectedOptimizer]] = {
     "galore": GaLoreAdamW,
+    "galore8bit": GaLoreAdamW8bit,
+    "qgalore": QGaLoreAdamW,
     "paper": paper,
     "galore_adafactor": GaLoreAdafactor,
     "galore_lion": GaLoreLion,
     "galore_sgd": GaLoreSGD,
-    "adamw": GaLoreAdamW,  # over param_groups(rank=None): every group dense
+    "adamw": GaLoreAdamW,  # FULL_RANK: over param_groups(rank=None), every group dense
+    "adamw8bit": GaLoreAdamW8bit,
 }
+
+FULL_RANK = ("adamw", "adamw8bit")
+"""The presets that project nothing: baselines."""

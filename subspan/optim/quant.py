@@ -1,4 +1,4 @@
-"""How to remember: moments in 8 or 4 bits a value, block by block, and stochastic rounding to bfloat16.
+"""How to remember: moments in 8 or 4 bits a value, bases in 4, block by block, and stochastic rounding to bfloat16.
 
 A block of b values along the last dimension shares one fp32 scale, its largest absolute value; each value is stored as the
 number of the nearest entry of a sorted code book in [-1, 1] (block-wise quantization, arXiv 2110.02861):
@@ -11,12 +11,13 @@ Code books (`code_book`), all fp32:
                        unsigned value above 0 is never stored as 0
     4 bits, signed     0, and 7 negative and 8 positive values evenly spaced in the logarithm from 10^-1.75 to 1
     4 bits, unsigned   16 values evenly spaced in the logarithm from 10^-4 to 1, no 0
+    4 bits, basis      16 values with the least mean squared error for a Gaussian over its block's largest (Lloyd-Max)
 
 The zero of a second moment v is a trap (the zero-point problem of arXiv 2309.01507): a v that is small beside its block becomes
 0, and the step m / (sqrt(v) + eps) grows by orders of magnitude. Raised to the smallest code it makes the step smaller instead.
 
 The 4-bit books were chosen by measurement (docs/LOG.md): a block of a low-rank moment mixes strong and weak directions, so its
-values span four decades and more, and an even book has most of them at its lowest entry.
+values span four decades and more, and an even book has most of them at its lowest entry. A basis has no such spread.
 
 Nothing here waits for the device, and torch.compile takes each function as one graph.
 """
@@ -43,18 +44,39 @@ SIGNED = {"exp_avg": True, "momentum_buffer": True, "exp_avg_sq": False}
 MIN_ELEMENTS = 4096
 """Smaller tensors stay in fp32, as in bitsandbytes: they save nothing."""
 
+BASIS_BLOCK = 128
+"""Values to a scale of a 4-bit basis, along the rank."""
+
+BASIS_BOOK = (0.0445, 0.1347, 0.2281, 0.3272, 0.4365, 0.5612, 0.7145, 0.9249)
+"""Positive half of the basis's code book: Lloyd-Max for x / max |x| over blocks of 128 Gaussians. A random basis then has a
+relative error of 0.092; 16 even steps from smallest to largest (Q-GaLore, arXiv 2407.08296) leave 0.100 and need two scales."""
+
 
 # --------------------------------------------------------------------------------------------------- code books
 
 
 def code_book(bits: Bits, signed: bool) -> Tensor:
     """The values that codes 0, 1, ... stand for: (2^bits,) fp32, CPU, ascending, the largest 1."""
-    if bits == 8:
-        return _dynamic_book(signed)
-    if signed:
+    return _book(_name(bits, signed))
+
+
+def _name(bits: int, signed: bool) -> str:
+    # Comparisons: torch.compile makes a symbol of an int that it has seen change, and a string has no room for one.
+    return ("8" if bits == 8 else "4") + (" signed" if signed else " unsigned")
+
+
+def _bits(name: str) -> int:
+    return 8 if name.startswith("8") else 4
+
+
+def _book(name: str) -> Tensor:
+    if name == "basis":
+        positive = torch.tensor(BASIS_BOOK, dtype=torch.float32, device="cpu")
+        return torch.cat((-positive.flip(0), positive))
+    if name == "4 signed":
         negative, positive = _log_book(-1.75, 7), _log_book(-1.75, 8)
         return torch.cat((-negative.flip(0), negative.new_zeros(1), positive))
-    return _log_book(-4.0, 16)
+    return _log_book(-4.0, 16) if name == "4 unsigned" else _dynamic_book(signed=name == "8 signed")
 
 
 def _dynamic_book(signed: bool) -> Tensor:
@@ -91,8 +113,8 @@ class _Tables:
 
 
 @functools.cache
-def _build_tables(bits: Bits, signed: bool, device: torch.device) -> _Tables:
-    book = code_book(bits, signed)
+def _build_tables(name: str, device: torch.device) -> _Tables:
+    book = _book(name)
     middles = (book[:-1].double() + book[1:].double()) / 2
     limits = middles.float()
     # Rounded down: of the numbers that fp32 has, those above are then nearer to the upper code, none is misjudged.
@@ -102,19 +124,16 @@ def _build_tables(bits: Bits, signed: bool, device: torch.device) -> _Tables:
     first = torch.bucketize(lowest, limits, out_int32=True)
     limit = torch.cat((limits, limits.new_full((1,), torch.inf)))[first]
     byte = torch.arange(256, device="cpu")
-    values = book if bits == 8 else book[torch.stack((byte & 15, byte >> 4), -1)]
+    values = book if _bits(name) == 8 else book[torch.stack((byte & 15, byte >> 4), -1)]
     return _Tables(values.to(device), first.to(device), limit.to(device))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant_tables(bits: Bits, signed: bool, device: torch.device) -> _Tables:
-    return _build_tables(bits, signed, device)
+def _tables(name: str, device: torch.device) -> _Tables:
+    return _build_tables(name, device)
 
 
-def _tables(bits: Bits, signed: bool, device: torch.device) -> _Tables:
-    # torch.compile makes a symbol of an int that it has seen change; a comparison makes it a constant again.
-    tables: _Tables = _constant_tables(8 if bits == 8 else 4, signed, device)
-    return tables
+# What torch.compiler.assume_constant_result does: that decorator would import all of torch.compile with the library.
+_tables._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------------------------- quantize, dequantize
@@ -140,7 +159,7 @@ def quantize(X: Tensor, bits: Bits, signed: bool, block_size: int) -> tuple[Tens
     *rest, n = X.shape
     codes = X.new_empty((*rest, -(-n * bits // 8)), dtype=torch.uint8)
     scale = X.new_empty((*rest, -(-n // _block(block_size, n))), dtype=torch.float32)
-    _quantize_into(codes, scale, X, bits, signed, block_size)
+    _quantize_into(codes, scale, X, _name(bits, signed), block_size)
     return codes, scale
 
 
@@ -155,30 +174,39 @@ def dequantize(codes: Tensor, scale: Tensor, bits: Bits, signed: bool, block_siz
             f"n={n!r} with block_size={block_size} does not fit codes {tuple(codes.shape)} and scale "
             f"{tuple(scale.shape)}: pass what quantize() was given"
         )
-    values = _tables(bits, signed, codes.device).values
     X = scale.new_empty((*codes.shape[:-1], n))
-    for x, c, s in _row_blocks(X, codes, scale):
-        decoded = values.index_select(0, c.flatten().int()).view(*c.shape[:-1], -1)[..., :n]
-        x.copy_((_blocks(decoded, b) * s.unsqueeze(-1)).flatten(-2)[..., :n])
+    _dequantize_into(X, codes, scale, _name(bits, signed), block_size)
     return X
 
 
-def _quantize_into(codes: Tensor, scale: Tensor, X: Tensor, bits: Bits, signed: bool, block_size: int) -> None:
+def _dequantize_into(X: Tensor, codes: Tensor, scale: Tensor, name: str, block_size: int) -> None:
+    n = X.shape[-1]
+    b = _block(block_size, n)
+    values = _tables(name, codes.device).values
+    for x, c, s in _row_blocks(X, codes, scale):
+        decoded = values.index_select(0, c.flatten().int()).view(*c.shape[:-1], -1)[..., :n]
+        x.copy_((_blocks(decoded, b) * s.unsqueeze(-1)).flatten(-2)[..., :n])
+
+
+def _quantize_into(
+    codes: Tensor, scale: Tensor, X: Tensor, name: str, block_size: int, use: Tensor | None = None
+) -> None:
+    """use: 0-d bool tensor; if it is False, codes and scale stay as they are."""
     n = X.shape[-1]
     b = _block(block_size, n)
     for x, c, s in _row_blocks(X, codes, scale):
         blocks = _blocks(x.float().contiguous(), b)
         absmax = blocks.abs().amax(-1)
         safe = torch.where(absmax > 0, absmax, 1.0)  # of a block of zeros, and of one with a nan
-        nearest = _nearest(blocks / safe.unsqueeze(-1), _tables(bits, signed, X.device))
-        if bits == 8 and not signed:
+        nearest = _nearest(blocks / safe.unsqueeze(-1), _tables(name, X.device))
+        if name == "8 unsigned":
             nearest = nearest.maximum((blocks > 0).int())  # code 0 is the value 0
         nearest = nearest.flatten(-2)[..., :n]
-        if bits == 4:
+        if _bits(name) == 4:
             nearest = _pad(nearest, 2)
             nearest = nearest[..., ::2] + 16 * nearest[..., 1::2]
-        c.copy_(nearest)
-        s.copy_(absmax)
+        c.copy_(nearest if use is None else torch.where(use, nearest, c.int()))
+        s.copy_(absmax if use is None else torch.where(use, absmax, s))
 
 
 def _nearest(Z: Tensor, tables: _Tables) -> Tensor:
@@ -228,6 +256,36 @@ def _check(bits: int, block_size: int) -> None:
         )
 
 
+# -------------------------------------------------------------------------------------------------------- bases
+
+
+def init_basis(shape: Sequence[int], device: torch.device | str) -> State:
+    """A 4-bit basis of shape (..., d, r): `basis.codes` (..., d, ceil(r/2)) uint8, `basis.scale` (..., d, ceil(r/128)) fp32."""
+    *rest, r = shape
+    return {
+        "basis.codes": torch.zeros((*rest, -(-r // 2)), dtype=torch.uint8, device=device),
+        "basis.scale": torch.zeros((*rest, -(-r // _block(BASIS_BLOCK, r))), dtype=torch.float32, device=device),
+    }
+
+
+def read_basis(state: State, rank: int, dtype: torch.dtype) -> Tensor:
+    """The basis (..., d, r) of `dtype`: a new tensor if it is stored in 4 bits or another dtype, else the one that is kept."""
+    if "basis" in state:
+        return state["basis"].to(dtype)
+    codes, scale = state["basis.codes"], state["basis.scale"]
+    Q = torch.empty((*codes.shape[:-1], rank), dtype=dtype, device=codes.device)
+    _dequantize_into(Q, codes, scale, "basis", BASIS_BLOCK)
+    return Q
+
+
+def write_basis(state: State, Q: Tensor) -> None:
+    """Remember the basis Q (..., d, r), in place."""
+    if "basis" in state:
+        state["basis"].copy_(Q)
+    else:
+        _quantize_into(state["basis.codes"], state["basis.scale"], Q, "basis", BASIS_BLOCK)
+
+
 # ------------------------------------------------------------------------------------------------------- stores
 
 
@@ -250,6 +308,8 @@ class Store:
 
     Where R is large (an embedding), so are its fp32 moments. A rule that works element by element can do the same with
     `store.part(state, start, length)` and that part of R, some rows (columns, if transposed) at a time.
+
+    bits=None with `transposed` means the same tensors as without, so that all of this works for every state.
 
     A change of a moment by less than half the way to the next code is lost, and 0.001 (g^2 - v), of a beta2 of 0.999, mostly is
     less: what moves v is the scale, which is exact, and large gradients. On the gradients above, steps became 3 % (Adam) and
@@ -288,36 +348,41 @@ class Store:
         X = dequantize(codes, scale, self.bits, SIGNED[name], BLOCK_SIZE[self.bits], n)
         return X.mT if self.transposed else X
 
-    def write(self, state: State, name: str, value: Tensor) -> None:
-        """Remember `value`, of R's shape, in place."""
+    def write(self, state: State, name: str, value: Tensor, use: Tensor | None = None) -> None:
+        """Remember `value`, of R's shape, in place. use: 0-d bool tensor; if it is False, codes stay as they are."""
         if f"{name}.codes" not in state:
             state[name].copy_(value)
             return
         assert self.bits is not None
         X = value.mT if self.transposed else value
         codes, scale = state[f"{name}.codes"], state[f"{name}.scale"]
-        _quantize_into(codes, scale, X, self.bits, SIGNED[name], BLOCK_SIZE[self.bits])
+        _quantize_into(codes, scale, X, _name(self.bits, SIGNED[name]), BLOCK_SIZE[self.bits], use)
 
     def load(self, state: State, shape: Sequence[int]) -> State:
         """All of `state` as a rule wants it: moments in codes read as fp32, everything else as it is."""
         kept = {key: value for key, value in state.items() if not key.endswith((".codes", ".scale"))}
         return kept | {name: self.read(state, name, shape) for name in _coded(state)}
 
-    def save(self, state: State, moments: State) -> None:
-        """Write back what `load` returned and a rule changed in place."""
+    def save(self, state: State, moments: State, use: Tensor | None = None) -> None:
+        """Write back what `load` returned and a rule changed in place; `use` as for `write`."""
         for name in _coded(state):
-            self.write(state, name, moments[name])
+            self.write(state, name, moments[name], use)
 
     def part(self, state: State, start: int, length: int) -> State:
-        """Views of some rows (columns, if transposed) of every moment in codes; everything else as it is."""
-        return {
-            key: value.narrow(-2, start, length) if key.endswith((".codes", ".scale")) else value
-            for key, value in state.items()
-        }
+        """Views of some rows (columns, if transposed; elements of a vector) of every moment, for a rule that works element by
+        element."""
+
+        def cut(key: str, X: Tensor) -> Tensor:
+            if key.removesuffix(".codes").removesuffix(".scale") not in SIGNED:
+                return X
+            by_columns = X.ndim == 1 or (self.transposed and key in SIGNED)  # codes of R lie as (k, r)
+            return X.narrow(-1 if by_columns else -2, start, length)
+
+        return {key: cut(key, X) for key, X in state.items()}
 
 
 def _coded(state: State) -> list[str]:
-    return [key.removesuffix(".codes") for key in state if key.endswith(".codes")]
+    return [name for name in SIGNED if f"{name}.codes" in state]
 
 
 # ------------------------------------------------------------------------------------------ stochastic rounding

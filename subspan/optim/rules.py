@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,12 @@ State = dict[str, Tensor]
 
 
 class Rule(Protocol):
-    """One tensor in, one direction out."""
+    """One tensor in, one direction out.
+
+    A rule with a class attribute `elementwise = True` says that what happens at one place of R depends on R and the state at
+    that place alone. The optimizer then goes through a parameter part by part, with temporaries of a part, and can keep
+    moments in 8 or 4 bits.
+    """
 
     def init(self, R: Tensor) -> State:
         """The state for a gradient like R: zeros, in R's dtype and on R's device (the meta device included)."""
@@ -48,6 +53,8 @@ class Adam:
     eps of 1e-6 then acts like one of 3e-5. It is what galore_torch and Hugging Face's former AdamW compute: for the
     `paper` preset and compat. bias_correction=False: no correction of either moment (BERT's).
     """
+
+    elementwise: ClassVar[bool] = True
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -89,6 +96,8 @@ class Adafactor:
     State for (..., r, k): (..., r) + (..., k). Vectors keep their whole second moment. The setting that everybody uses: no first
     moment (beta1=None), scale_parameter=False, relative_step=False.
     """
+
+    elementwise: ClassVar[bool] = False  # row and column means, and the clip, see all of R
 
     eps: float = 1e-30
     clip_threshold: float = 1.0
@@ -132,6 +141,8 @@ class Adafactor:
 class Lion:
     """U = sign(beta1 m + (1 - beta1) R), then m <- beta2 m + (1 - beta2) R. One moment; lr about a tenth of Adam's."""
 
+    elementwise: ClassVar[bool] = True
+
     betas: tuple[float, float] = (0.9, 0.99)
 
     def __post_init__(self) -> None:
@@ -152,6 +163,8 @@ class Lion:
 @dataclass(frozen=True)
 class SGDMomentum:
     """buf <- momentum buf + R; U = buf, or R + momentum buf with nesterov. momentum=0: no state, U = R."""
+
+    elementwise: ClassVar[bool] = True
 
     momentum: float = 0.9
     nesterov: bool = False

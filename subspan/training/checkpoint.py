@@ -5,9 +5,9 @@
         manifest.json     format, step, progress, versions, what optimizer it was, and name -> [dtype, shape] of every tensor
         SHA256SUMS        of every other file: `sha256sum -c SHA256SUMS` checks a copy
 
-Tensors are named model.NAME (parameters, tied ones once, and persistent buffers), optimizer.NAME.KEY with the name of the
-parameter, and rng.cpu, rng.cuda.0, ... Learning rates and other settings of the optimizer are not saved: they may change
-between two parts of a run.
+Tensors are named model.NAME (parameters, tied ones once, and persistent buffers; an INT8 weight is model.NAME.codes and
+model.NAME.scale), optimizer.NAME.KEY with the name of the parameter, and rng.cpu, rng.cuda.0, ... Learning rates and other
+settings of the optimizer are not saved: they may change between two parts of a run.
 
 A checkpoint is written under a dot-name, synced and then renamed, and renamed to a dot-name before it is deleted: what is
 called step_* is whole whenever the process or the machine dies. SHA256SUMS tells whether it still is. One process writes.
@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 from subspan import __version__
 from subspan.extras import require
 from subspan.memory import available_memory
+from subspan.optim.int8 import Int8Weight
 
 FORMAT = 1
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
@@ -43,7 +44,7 @@ FILE_BYTES = 2**28
 """Tensors share files up to this size: torch's writer builds a file in memory, twice over, before it writes it."""
 
 FIXES = {
-    "model": "build the model as it was saved, with the same sizes and model.dtype",
+    "model": "build the model as it was saved, with the same sizes, model.dtype and model.int8",
     "optimizer": "build the optimizer as it was saved, with the same preset, rank, proj_type and state_dtype",
     "rng": "load it with the torch version that its manifest.json names",
 }
@@ -311,7 +312,10 @@ def _trained(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """model.* and optimizer.* as they are now, detached, in the memory they have."""
     saved = model.state_dict(keep_vars=True)
-    tensors: dict[str, Any] = {f"model.{name}": p for name, p in model.named_parameters()}
+    tensors: dict[str, Any] = {}
+    for name, W in model.named_parameters():
+        parts = ("codes", "scale") if isinstance(W, Int8Weight) else ()
+        tensors |= {f"model.{name}.{part}": getattr(W, part) for part in parts} or {f"model.{name}": W}
     persistent = {id(X) for X in saved.values()}  # by identity: wrappers of modules rename entries
     tensors |= {f"model.{name}": X for name, X in model.named_buffers() if id(X) in persistent}
     tensors |= {f"model.{name}": X for name, X in saved.items() if not isinstance(X, Tensor)}
@@ -345,9 +349,16 @@ def _description(
         for p in group["params"]
     }
     return {
-        "optimizer": {"rule": type(getattr(optimizer, "rule", optimizer)).__name__, "projected": projected},
+        "optimizer": {"rule": _rule_names(optimizer), "projected": projected},
         "tensors": {name: [str(X.dtype).removeprefix("torch."), list(X.shape)] for name, X in tensors.items()},
     }
+
+
+def _rule_names(optimizer: Optimizer) -> str:
+    rule = getattr(optimizer, "rule", optimizer)
+    dense = getattr(optimizer, "dense_rule", rule)
+    names = [type(rule).__name__, type(dense).__name__]
+    return names[0] if names[0] == names[1] else f"{names[0]}, dense {names[1]}"
 
 
 # ------------------------------------------------------------------------------------------------ optimizer state

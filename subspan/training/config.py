@@ -13,8 +13,14 @@ from typing import Any, Literal, get_args
 
 from subspan.extras import require
 from subspan.optim.backward import Gradients
+from subspan.optim.presets import FULL_RANK
 
-Preset = Literal["galore", "paper", "galore_adafactor", "galore_lion", "galore_sgd", "adamw"]
+Preset = Literal[
+    "galore", "galore8bit", "qgalore", "paper", "galore_adafactor", "galore_lion", "galore_sgd", "adamw", "adamw8bit"
+]
+RuleName = Literal["adam", "adafactor", "lion", "sgd"]
+StateDtype = Literal["float32", "bfloat16", "int8", "int4"]
+BasisDtype = Literal["float32", "bfloat16", "int4"]
 ProjectorName = Literal["subspace_iteration", "svd", "randomized_svd", "random"]
 
 
@@ -28,6 +34,8 @@ class ModelConfig:
     """start from the weights of that Hugging Face model instead of random ones"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the weights and gradients"""
+    int8: bool | None = None
+    """keep the weights of attention and MLP in 8 bits; null: with optim.preset=qgalore. Gradients have model.dtype"""
     overrides: dict[str, Any] = field(default_factory=dict)
     """fields of the model's configuration to change, such as {hidden_size: 128}"""
     activation_checkpointing: bool = False
@@ -115,7 +123,8 @@ class OptimConfig:
     """How the weights are stepped."""
 
     preset: Preset = "galore"
-    """galore: Adam in the subspace, paper: exactly the reference, galore_adafactor, galore_lion, galore_sgd, adamw: full rank"""
+    """galore: Adam in the subspace, galore8bit: its moments in 8 bits, qgalore: weights in 8 and basis in 4 bits too, paper: exactly
+    the reference, galore_adafactor, galore_lion, galore_sgd; adamw, adamw8bit: full rank"""
     lr: float = 0.01
     """peak learning rate"""
     dense_lr: float | None = None
@@ -142,8 +151,16 @@ class OptimConfig:
     """decoupled weight decay"""
     max_grad_norm: float | None = None
     """clip the gradient norm to this; null or 0: no clipping"""
-    state_dtype: Literal["float32", "bfloat16"] | None = None
+    state_dtype: StateDtype | None = None
     """dtype of the moments; null: what the preset uses"""
+    basis_dtype: BasisDtype | None = None
+    """dtype of the bases; null: what the preset uses"""
+    dense_rule: RuleName | None = None
+    """rule of the parameters that are not projected; null: the preset's own"""
+    dense_state_dtype: StateDtype | None = None
+    """dtype of their moments; null: that of the others"""
+    stochastic_rounding: bool | None = None
+    """round bfloat16 weights at random, so that small updates add up; null: what the preset uses"""
 
     def __post_init__(self) -> None:
         _check_choice("optim.preset", self.preset, get_args(Preset))
@@ -158,7 +175,10 @@ class OptimConfig:
         _check_number("optim.weight_decay", self.weight_decay, at_least=0)
         _check_number("optim.eps", self.eps, at_least=0, optional=True)
         _check_number("optim.max_grad_norm", self.max_grad_norm, at_least=0, optional=True)
-        _check_choice("optim.state_dtype", self.state_dtype, (None, "float32", "bfloat16"))
+        _check_choice("optim.state_dtype", self.state_dtype, (None, *get_args(StateDtype)))
+        _check_choice("optim.basis_dtype", self.basis_dtype, (None, *get_args(BasisDtype)))
+        _check_choice("optim.dense_rule", self.dense_rule, (None, *get_args(RuleName)))
+        _check_choice("optim.dense_state_dtype", self.dense_state_dtype, (None, *get_args(StateDtype)))
         if self.gradients == "update" and self.max_grad_norm:
             raise ValueError(
                 f"optim.max_grad_norm={self.max_grad_norm} needs all gradients, which optim.gradients=update never sees "
@@ -167,9 +187,10 @@ class OptimConfig:
         if self.betas is not None and not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
             raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1), such as [0.9, 0.999]")
         for name, value, presets in (
-            ("betas", self.betas, ("galore", "paper", "galore_lion", "adamw")),
-            ("eps", self.eps, ("galore", "paper", "galore_adafactor", "adamw")),
-            ("projector", self.projector, ("galore", "paper", "galore_adafactor", "galore_lion", "galore_sgd")),
+            ("betas", self.betas, {*get_args(Preset)} - {"galore_adafactor", "galore_sgd"}),
+            ("eps", self.eps, {*get_args(Preset)} - {"galore_lion", "galore_sgd"}),
+            ("projector", self.projector, {*get_args(Preset)} - {*FULL_RANK}),
+            ("basis_dtype", self.basis_dtype, {*get_args(Preset)} - {*FULL_RANK}),
         ):
             if value is not None and self.preset not in presets:
                 raise ValueError(
@@ -263,6 +284,11 @@ class TrainConfig:
             raise ValueError(
                 f"run.eval_sequences is needed with the stream of data.dataset={self.data.dataset!r}: 1000, say"
             )
+
+    @property
+    def int8_weights(self) -> bool:
+        """Whether the weights of attention and MLP are kept in 8 bits."""
+        return self.optim.preset == "qgalore" if self.model.int8 is None else self.model.int8
 
 
 SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}

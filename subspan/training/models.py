@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from subspan.extras import require
+from subspan.optim.groups import default_targets
+from subspan.optim.int8 import Int8Weight, quantize_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -50,6 +52,7 @@ def build_model(
     dtype: str = "float32",
     overrides: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
+    int8: bool = False,
 ) -> PreTrainedModel:
     """A causal LM with fresh (or `pretrained`) weights of `dtype` on `device`.
 
@@ -59,8 +62,11 @@ def build_model(
     overrides: fields of the model's configuration; they win over everything else. A Hugging Face model's file often states
         what follows from other fields as well (head_dim): override that too.
     device: None is torch's default device, so that `with torch.device("meta")` builds without memory.
+    int8: the linear layers in numbered blocks, what `param_groups` projects by default, are `Int8Weight`s that look like
+        `dtype`. A fresh model is made in that form: beside it there is never more than a block of one weight, or an embedding
+        that is about to be tied. A pretrained one is loaded in `dtype` into host memory, quantized weight by weight and moved.
 
-    Raises ValueError for an unknown name, an unknown field or too few positions.
+    Raises ValueError for an unknown name, an unknown field or too few positions; with int8, for a model without such layers.
     """
     transformers = require("transformers", "train")
     if name in LLAMA and pretrained:
@@ -72,12 +78,55 @@ def build_model(
     model: PreTrainedModel
     if pretrained:
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
+        if int8:
+            _quantize(model, name)
         model.to(device or "cpu")  # type: ignore[arg-type]
+        return model
+    if int8:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+        _quantize(model, name)
+        _materialise(model, torch.empty(0, device=device).device)
         return model
     # None leaves a `with torch.device(...)` of the caller alone: older torch does not report it as the default device
     with torch.device(device) if device is not None else contextlib.nullcontext():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
     return model
+
+
+def _quantize(model: PreTrainedModel, name: str) -> None:
+    targets = default_targets(model)
+    if not targets:
+        raise ValueError(f"model.int8=true finds no linear layer in numbered blocks of {name}: set it false")
+    quantize_weights(model, targets)
+
+
+def _materialise(model: PreTrainedModel, device: torch.device) -> None:
+    """Bring a model from the meta device into being, with fresh weights by transformers' own initialisation.
+
+    It fills buffers that are not saved as well: transformers loads every pretrained model over the meta device.
+    """
+    if device.type == "meta":
+        return
+    model.to_empty(device=device)
+    model.initialize_weights()  # type: ignore[no-untyped-call]
+    model.tie_weights()  # to_empty made two of one
+
+
+def save_pretrained(model: PreTrainedModel, folder: Path) -> None:
+    """`model.save_pretrained`, INT8 weights as ordinary ones of the dtype they look like: what AutoModelForCausalLM loads.
+
+    They are dequantized one by one into host memory, where transformers wants all tensors of a model at once: there it takes
+    the bytes of the model in floating form.
+    """
+    plain: dict[int, torch.Tensor] = {}  # of tied weights one
+    state = model.state_dict()
+    for key, W in state.items():
+        if isinstance(W, Int8Weight):
+            if id(W.codes) not in plain:
+                plain[id(W.codes)] = W.to("cpu").dequantize()
+            state[key] = plain[id(W.codes)]
+    model.save_pretrained(folder, state_dict=state)
 
 
 def model_config(

@@ -97,11 +97,12 @@ def describe_summary(summary: dict[str, Any], command: str = "subspan") -> str:
     out, state = config["run"]["out"], sizes["basis"] + sizes["moments"]
     folder = shlex.quote(out)
     preset, name, lr = (
-        ("galore", "GaLore", 0.01) if config["optim"]["preset"] == "adamw" else ("adamw", "full-rank AdamW", 0.001)
+        ("galore", "GaLore", 0.01)
+        if config["optim"]["preset"].startswith("adamw")
+        else ("adamw", "full-rank AdamW", 0.001)
     )
     change = f"--optim.preset {preset} --optim.lr {lr} --run.out {shlex.quote(f'{out}_{preset}')}"
-    if config["optim"]["projector"]:
-        change += " --optim.projector null"
+    change += "".join(f" --optim.{key} null" for key in ("projector", "basis_dtype") if config["optim"][key])
     start = "" if summary["first_loss"] is None else f"; the first step's loss was {summary['first_loss']:.4f}"
     rows = [
         ("validation loss", f"{summary['valid_loss']:.4f} nats per token{start}"),

@@ -20,13 +20,14 @@ from subspan.extras import require
 from subspan.memory import count_memory, peak_memory
 from subspan.optim.groups import describe_groups, param_groups
 from subspan.optim.optimizer import Refresh
-from subspan.optim.presets import PRESETS
+from subspan.optim.presets import FULL_RANK, PRESETS
 from subspan.optim.projectors import SVD, Random, RandomizedSVD, SubspaceIteration
+from subspan.optim.rules import Adafactor, Adam, Lion, Rule, SGDMomentum
 from subspan.training.checkpoint import Checkpointer, load
 from subspan.training.config import RunConfig, TrainConfig, save_config
 from subspan.training.data import StreamDataset, make_loader
 from subspan.training.evaluation import EvalResult, evaluate, to_device, trained_tokens
-from subspan.training.models import build_model, model_config
+from subspan.training.models import build_model, model_config, save_pretrained
 from subspan.training.resume import (
     CHECKPOINTS,
     Interrupted,
@@ -48,6 +49,7 @@ OptimizerFactory = Callable[[nn.Module, TrainConfig], Optimizer]
 MAX_SKIPPED = 10
 """Steps in a row that may be skipped for a loss or gradient that is not finite before the run stops."""
 
+RULES: dict[str, type[Rule]] = {"adam": Adam, "adafactor": Adafactor, "lion": Lion, "sgd": SGDMomentum}
 PROJECTORS = {"subspace_iteration": SubspaceIteration, "svd": SVD, "randomized_svd": RandomizedSVD, "random": Random}
 
 
@@ -56,7 +58,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     optim = config.optim
     groups = param_groups(
         model,
-        rank=None if optim.preset == "adamw" else optim.rank,
+        rank=None if optim.preset in FULL_RANK else optim.rank,
         targets=optim.targets,
         scale=optim.scale,
         update_proj_gap=optim.update_proj_gap,
@@ -69,6 +71,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         "eps": optim.eps,
         "projector": PROJECTORS[optim.projector]() if optim.projector else None,
         "state_dtype": getattr(torch, optim.state_dtype) if optim.state_dtype else None,
+        "basis_dtype": getattr(torch, optim.basis_dtype) if optim.basis_dtype else None,
+        "dense_rule": RULES[optim.dense_rule]() if optim.dense_rule else None,
+        "dense_state_dtype": getattr(torch, optim.dense_state_dtype) if optim.dense_state_dtype else None,
+        "stochastic_rounding": optim.stochastic_rounding,
         "max_grad_norm": optim.max_grad_norm or None,
     }
     return PRESETS[optim.preset](
@@ -114,6 +120,7 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
         dtype=config.model.dtype,
         overrides=config.model.overrides,
         device=device,
+        int8=config.int8_weights,
     )
     model.train()
     check_vocabulary(model, corpus.tokenizer)
@@ -146,10 +153,9 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     batches = iter(loader)  # endless
 
     print(f"text   {corpus.description}")
+    weights = config.model.dtype + (", attention and MLP in int8" if config.int8_weights else "")
     changed = "".join(f" {key}={value}" for key, value in config.model.overrides.items())
-    print(
-        f"model  {config.model.name}{changed}, {count_parameters(model):,} parameters, {config.model.dtype}, {device}\n"
-    )
+    print(f"model  {config.model.name}{changed}, {count_parameters(model):,} parameters, {weights}, {device}\n")
     print(f"{describe_groups(optimizer.param_groups)}\n")
     print(f"memory, without activations\n{count_memory(model, optimizer)}\n", flush=True)
 
@@ -246,7 +252,7 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                     f"loss or gradient was not finite for {MAX_SKIPPED} steps in a row, up to step {step}: "
                     "lower --optim.lr, set --optim.max_grad_norm 1.0, or use --model.dtype float32"
                 )
-            if step == 1 and config.optim.preset != "adamw" and sum(counts) < config.optim.rank:
+            if step == 1 and config.optim.preset not in FULL_RANK and sum(counts) < config.optim.rank:
                 log.say(
                     f"warning: a step trains on {sum(counts)} tokens, fewer than optim.rank={config.optim.rank}: its gradient "
                     "cannot fill the subspace, raise --run.batch_size or lower --optim.rank"
@@ -344,7 +350,7 @@ def _export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: 
     if model.config.eos_token_id is None:
         for config in (model.config, model.generation_config):
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    model.save_pretrained(folder)
+    save_pretrained(model, folder)
     tokenizer.save_pretrained(folder)
 
 
