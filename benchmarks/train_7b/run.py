@@ -20,7 +20,7 @@ import re
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class Clock:
         return timed
 
 
-def train(name: str, row: Row, address_space: float, model_name: str) -> None:
+def train(name: str, row: Row, address_space: float) -> None:
     """Build, train, and write what was seen; in a process of its own."""
     resource.setrlimit(resource.RLIMIT_AS, (int(address_space * GIB),) * 2)
     libc = ctypes.CDLL("libc.so.6")
@@ -105,7 +105,7 @@ def train(name: str, row: Row, address_space: float, model_name: str) -> None:
 
     torch.manual_seed(0)
     config = TrainConfig(
-        model=ModelConfig(name=model_name, dtype="bfloat16", overrides=row.overrides),
+        model=ModelConfig(name="llama-7b", dtype="bfloat16", overrides=row.overrides),
         optim=OptimConfig(
             preset=row.preset,  # type: ignore[arg-type]
             gradients=row.gradients,  # type: ignore[arg-type]
@@ -120,7 +120,6 @@ def train(name: str, row: Row, address_space: float, model_name: str) -> None:
     )
     result: dict[str, Any] = {
         "row": asdict(row),
-        "model": model_name,
         "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "libc": platform.libc_ver()[1]},
         "imported": resident("VmHWM"),
     }
@@ -149,7 +148,9 @@ def train(name: str, row: Row, address_space: float, model_name: str) -> None:
         "steps": [],
     }
     save(name, result)
-    print(f"{name}: ready after {time.perf_counter() - begin:.0f} s, {result['ready'] / GIB:.2f} GiB resident", flush=True)
+    print(
+        f"{name}: ready after {time.perf_counter() - begin:.0f} s, {result['ready'] / GIB:.2f} GiB resident", flush=True
+    )
 
     clock = Clock()
     for method, label in (("project", "project"), ("apply", "rule and update"), ("_refresh_basis", "refresh")):
@@ -200,25 +201,22 @@ def done(name: str, row: Row) -> bool:
     return result["row"] == asdict(row) and len(result.get("steps", ())) == row.steps
 
 
-def main(
-    rows: list[str] | None = None, address_space: float = 24.0, model: str = "llama-7b", rank: int | None = None
-) -> None:
+def main(rows: list[str] | None = None, address_space: float = 24.0, layers: int | None = None) -> None:
     """Run rows that have no result yet and write the tables.
 
     Args:
         rows: some of a, a_plain, b, c, d; none: all
         address_space: GiB that the process may map, libraries included
-        model: another size, to try the script
-        rank: another rank
+        layers: only so many, to try the script on a smaller machine
     """
     from table import write_tables
 
     for name in rows or ROWS:
         row = ROWS[name]
-        if model != "llama-7b":
-            row, name = Row(**{**asdict(row), "overrides": {}, "rank": rank or 64}), f"{name}_{model}"
+        if layers:
+            row, name = replace(row, overrides=row.overrides | {"num_hidden_layers": layers}), f"{name}_{layers}_layers"
         if not done(name, row):
-            process = multiprocessing.get_context("spawn").Process(target=train, args=(name, row, address_space, model))
+            process = multiprocessing.get_context("spawn").Process(target=train, args=(name, row, address_space))
             process.start()
             process.join()
             if process.exitcode:

@@ -17,7 +17,8 @@ def load() -> dict[str, dict]:
 
 def memory_table(results: dict[str, dict]) -> str:
     lines = [
-        "| row | parameters | preset, side | gradients | tokens a step | checkpointing | rank | weights | optimizer | peak RSS | of it before the model |",
+        "| row | parameters | preset, side | gradients | tokens a step | checkpointing | rank "
+        "| weights | optimizer | peak RSS | of it before the model |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
@@ -79,7 +80,9 @@ def write_tables() -> None:
     path = HERE / "README.md"
     text = path.read_text()
     for marker, table in (("memory", memory_table(results)), ("time", time_table(results))):
-        text = re.sub(rf"(<!-- {marker} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
+        text = re.sub(
+            rf"(<!-- {marker} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S
+        )
     path.write_text(text)
 
 

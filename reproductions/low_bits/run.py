@@ -1,0 +1,122 @@
+"""What fewer bits cost: GaLore on recipes/cpu_9m.yaml with state, basis and weights in fewer bits, one run a row.
+
+    python reproductions/low_bits/run.py 'TEXT/train/*.txt' TEXT/valid.txt
+
+Model, text, data order, schedule, learning rates and token budget are those of reproductions/first_run; only what is named
+changes. A second seed of the fp32 row says how much a difference means. Every row leaves a file in results/ beside this file;
+what is there is not run again, and two processes may share the rows (--rows). `table.py` writes the table from these files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from subspan.training.config import TrainConfig, load_config
+from subspan.training.trainer import build_optimizer, train
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+RECIPE = HERE.parents[1] / "recipes" / "cpu_9m.yaml"
+
+LR, DENSE_LR = 0.003, 0.01  # the search of reproductions/first_run
+
+ROWS: dict[str, dict[str, dict[str, Any]]] = {  # what differs from the recipe, by section
+    "fp32": {},
+    "fp32_other_seed": {"run": {"seed": 2}},
+    "bf16": {"optim": {"state_dtype": "bfloat16"}},
+    "int8": {"optim": {"state_dtype": "int8"}},
+    "int4": {"optim": {"state_dtype": "int4"}},
+    "basis_int4": {"optim": {"basis_dtype": "int4"}},
+    "weights_int8": {"model": {"int8": True}},
+    "qgalore": {"optim": {"preset": "qgalore"}},
+    "dense_adafactor": {"optim": {"dense_rule": "adafactor"}},
+}
+
+
+def configure(row: str, train_files: list[str], valid: str, out: Path) -> TrainConfig:
+    config = load_config(RECIPE)
+    changes: dict[str, dict[str, Any]] = {
+        "model": {},
+        "data": {"files": train_files, "valid_files": valid},
+        "optim": {"lr": LR, "dense_lr": DENSE_LR, "gradients": "hold"},  # bases and refreshes as in first_run
+        "run": {
+            "out": str(out),
+            "threads": 1,  # two rows side by side on two cores: threads that wait for each other would lose both
+            "eval_every": 0,
+            "eval_sequences": None,
+            "checkpoint_every": 0,
+            "seed": 1,
+            "export": False,
+        },
+    }
+    for section, values in ROWS[row].items():
+        changes[section] |= values
+    sections = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()}
+    return dataclasses.replace(config, **sections)
+
+
+def one_run(row: str, config: TrainConfig, queue: Any) -> None:
+    def builder(model: nn.Module, config: TrainConfig) -> Any:
+        model.compile()  # in place: about a fifth faster on a CPU, for every row alike
+        return build_optimizer(model, config)
+
+    summary = train(config, builder)
+    kept = (
+        "valid_loss",
+        "perplexity",
+        "valid_tokens",
+        "tokens",
+        "steps",
+        "seconds",
+        "refresh_seconds",
+        "bytes",
+        "versions",
+    )
+    queue.put({"row": row, **{key: summary[key] for key in kept}, "corpus_sha256": summary["corpus"]["sha256"]})
+
+
+def main(train: str, valid: str, out: str = "runs/low_bits", rows: list[str] | None = None) -> None:
+    """Run the rows that have no result yet.
+
+    Args:
+        train: glob of the training files
+        valid: validation file
+        out: folder for the run folders
+        rows: some of the rows; none: all
+    """
+    files = sorted(glob.glob(train))
+    if not files:
+        raise SystemExit(f"train={train!r} matches no file")
+    for row in rows or ROWS:
+        file = RESULTS / f"{row}.json"
+        if not file.exists():
+            folder = Path(out) / row
+            shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
+            context = multiprocessing.get_context("spawn")
+            queue = context.Queue()
+            process = context.Process(
+                target=one_run, args=(row, configure(row, files, valid, folder), queue), daemon=True
+            )
+            process.start()
+            while process.is_alive() and queue.empty():
+                process.join(1)
+            if queue.empty():
+                raise RuntimeError(f"row {row!r} died, see above")
+            RESULTS.mkdir(exist_ok=True)
+            file.write_text(json.dumps(queue.get(), indent=1) + "\n")
+            process.join()
+        print(f"== {row}: loss {json.loads(file.read_text())['valid_loss']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(main)
