@@ -1,6 +1,6 @@
 """galore_torch's classes and parameter-group keys, unchanged, on Subspan's optimizer.
 
-    from subspan.compat import GaLoreAdamW, GaLoreAdafactor       # instead of: from galore_torch import ...
+    from subspan.compat import GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor       # instead of: from galore_torch import ...
 
 These follow the reference's conventions: exact SVD at every `update_proj_gap` steps from the current gradient, eps before the
 bias correction (1e-6), weight decay after the update, state and basis in the parameter's dtype, square matrices on the
@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.projectors import SVD
 from subspan.optim.rules import Adafactor, Adam, Rule
@@ -25,7 +27,13 @@ class _Compat(ProjectedOptimizer):
     """ProjectedOptimizer with the reference's conventions."""
 
     def __init__(
-        self, params: Iterable[Any], lr: float, rule: Rule, weight_decay: float, decay_after_update: bool
+        self,
+        params: Iterable[Any],
+        lr: float,
+        rule: Rule,
+        weight_decay: float,
+        decay_after_update: bool,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -34,7 +42,7 @@ class _Compat(ProjectedOptimizer):
             projector=SVD(),
             weight_decay=weight_decay,
             decay_after_update=decay_after_update,
-            state_dtype=None,
+            state_dtype=state_dtype,
             mask_null=False,
         )
 
@@ -67,6 +75,40 @@ class GaLoreAdamW(_Compat):
     ) -> None:
         rule = Adam(tuple(betas), eps, uncorrected_eps=True, bias_correction=correct_bias)  # type: ignore[arg-type]
         super().__init__(params, lr, rule, weight_decay, decay_after_update=True)
+
+
+class GaLoreAdamW8bit(_Compat):
+    """galore_torch.GaLoreAdamW8bit: moments in 8 bits, eps after the bias correction, on the CPU as well.
+
+    Its moments are coded in blocks along the rank, where bitsandbytes goes through R row by row: the same code book, other
+    blocks. `optim_bits` and `args` have no effect, as in the reference, nor has `is_paged`: there is no paging.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+        is_paged: bool = False,
+    ) -> None:
+        for name, value, only in (
+            ("amsgrad", amsgrad, False),
+            ("min_8bit_size", min_8bit_size, 4096),
+            ("percentile_clipping", percentile_clipping, 100),
+            ("block_wise", block_wise, True),
+        ):
+            if value != only:
+                raise ValueError(f"{name}={value!r} is not supported: use {name}={only!r}")
+        rule = Adam(tuple(betas), eps)  # type: ignore[arg-type]
+        super().__init__(params, lr, rule, weight_decay, decay_after_update=True, state_dtype=torch.int8)
 
 
 class GaLoreAdafactor(_Compat):

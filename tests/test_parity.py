@@ -114,6 +114,37 @@ def test_compat_follows_the_reference_with_its_own_conventions(case, shape, proj
     assert_same(trajectory(ours, SHAPES[shape], 0, proj_type), trajectory(reference, SHAPES[shape], 0, proj_type))
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_8_bit_class_follows_its_rule_in_fp32(dense):
+    """The reference's runs on CUDA alone. Its rule: eps after the bias correction, decay after the update; moments of 8 bits."""
+
+    def move(make):
+        p = torch.nn.Parameter(torch.randn(96, 160, generator=torch.Generator().manual_seed(0)))
+        group = {"rank": 64, "update_proj_gap": 5, "scale": 1.0, "proj_type": "std"}
+        optimizer = make([{"params": [p], **({} if dense else group)}])
+        start = p.detach().clone()
+        for step in range(12):
+            p.grad = torch.randn(96, 160, generator=torch.Generator().manual_seed(step + 1))
+            optimizer.step()
+        return p.detach() - start, optimizer.state[p]
+
+    exact, _ = move(
+        lambda groups: subspan.GaLoreAdamW(
+            groups, 0.01, weight_decay=0.1, projector=subspan.SVD(), decay_after_update=True, mask_null=False
+        )
+    )
+    ours, state = move(lambda groups: compat.GaLoreAdamW8bit(groups, lr=0.01, weight_decay=0.1))
+    assert state["exp_avg.codes"].dtype == state["exp_avg_sq.codes"].dtype == torch.uint8
+    error = torch.linalg.norm(ours - exact) / torch.linalg.norm(exact)
+    assert 0 < error < 0.03
+
+
+@pytest.mark.parametrize("setting", [{"amsgrad": True}, {"block_wise": False}, {"percentile_clipping": 5}])
+def test_the_8_bit_class_refuses_what_it_does_not_do(setting):
+    with pytest.raises(ValueError, match="is not supported: use"):
+        compat.GaLoreAdamW8bit([torch.nn.Parameter(torch.randn(4, 4))], **setting)
+
+
 def test_dense_parameters_beside_projected_ones_follow_the_reference():
     def run(make):
         torch.manual_seed(0)
