@@ -1,9 +1,10 @@
-"""The command `subspan`: train and eval. An expected error is one line, `subspan: error: ...`, and exit code 2."""
+"""The command `subspan`: train, eval and plan. An expected error is one line, `subspan: error: ...`, and exit code 2."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -12,12 +13,36 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from subspan.extras import require
-from subspan.training.config import SECTIONS, DataConfig, TrainConfig, load_config, make_config
+from subspan.training.config import SECTIONS, DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, make_config
 
 EXPECTED = (argparse.ArgumentError, ValueError, OSError, ModuleNotFoundError, FloatingPointError)
 
 # What only training needs, or what the evaluated text itself replaces.
 NOT_IN_EVAL = {"valid_files", "valid_fraction", "split", "vocab_size", "num_workers"}
+
+
+# Option of `subspan plan` -> the field of a configuration that it is, and what a search for a budget chooses if it is not given.
+PLAN_FIELDS = {
+    "model": ("model", "name"),
+    "dtype": ("model", "dtype"),
+    "activation_checkpointing": ("model", "activation_checkpointing"),
+    "seq_len": ("data", "seq_len"),
+    "preset": ("optim", "preset"),
+    "rank": ("optim", "rank"),
+    "proj_type": ("optim", "proj_type"),
+    "projector": ("optim", "projector"),
+    "gradients": ("optim", "gradients"),
+    "state_dtype": ("optim", "state_dtype"),
+    "basis_dtype": ("optim", "basis_dtype"),
+}
+PLAN_AXES = {
+    "preset": "presets",
+    "rank": "ranks",
+    "proj_type": "proj_types",
+    "gradients": "gradients",
+    "micro_batch": "micro_batches",
+    "activation_checkpointing": "checkpointing",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         parser, eval_parser = _parsers()
         arguments = parser.parse_args(argv)
+        if arguments.subcommand == "plan":
+            plan_command(arguments.plan)
+            return
         model = arguments.eval.model
         if (config := _run_config(model)) is not None:  # what the run did is the default of every option
             eval_parser.set_defaults(_eval_defaults(config))
@@ -53,15 +81,36 @@ def train_command(config: TrainConfig, command: str) -> None:
     """`subspan train`."""
     from subspan.training.resume import Stopped
     from subspan.training.runlog import describe_summary
-    from subspan.training.trainer import train
+    from subspan.training.trainer import build_optimizer, train
+
+    embeddings = []
+
+    def build(model: Any, config: TrainConfig) -> Any:
+        embeddings.append(model.get_input_embeddings().weight.shape[0])  # the planner reads no text
+        return build_optimizer(model, config)
 
     _no_progress_bars()
     try:
-        summary = train(config)
+        summary = train(config, build)
     except Stopped as stopped:
         print(f"subspan: {stopped.message(command)}", file=sys.stderr)
         raise SystemExit(128 + stopped.signal_number) from None
     print(f"\n{describe_summary(summary, command)}")
+    print(f"\nmemory  {planned_and_measured(config, embeddings[0], summary)}")
+
+
+def planned_and_measured(config: TrainConfig, vocab_size: int, summary: dict[str, Any]) -> str:
+    """The planned peak of a run beside the measured one."""
+    from subspan.plan import plan_memory
+
+    measured = f"measured {summary['peak_memory_bytes'] / 2**30:.3f} GiB"
+    if not summary["device"].startswith("cuda"):
+        measured += ", the process with Python and its libraries"
+    try:
+        plan = plan_memory(config, vocab_size)
+    except Exception as error:  # a model of another kind than the planner knows: the run is over and good
+        return f"{measured} (no plan: {one_line(error)})"
+    return f"planned {plan.peak / 2**30:.3f} GiB of tensors at most, in {plan.peak_at}; {measured}"
 
 
 def eval_command(config: TrainConfig | None, arguments: dict[str, Any]) -> None:
@@ -102,6 +151,60 @@ def eval_command(config: TrainConfig | None, arguments: dict[str, Any]) -> None:
     print(f"  perplexity       {result.perplexity:.2f}")
 
 
+def plan_command(arguments: Any) -> None:
+    """`subspan plan`: `arguments` are its words, parsed."""
+    from subspan.budget import Space, describe_fits, parse_size, search
+    from subspan.plan import Planner, describe_run
+    from subspan.report import check_figure, compare_methods, draw_plans
+
+    if arguments.figure:
+        check_figure(Path(arguments.figure))
+    budget = parse_size(arguments.budget) if arguments.budget else None
+    config, vocab_size = plan_config(arguments)
+    planner = Planner(vocab_size)
+    if budget is None:
+        plan = planner.plan(config)
+        shown = json.dumps({**describe_run(config), **plan.as_dict()}, indent=2)
+        print(shown if arguments.json else f"{plan.describe(config)}\n\n{plan}")
+    else:
+        given = {axis: (arguments[name],) for name, axis in PLAN_AXES.items() if arguments[name] is not None}
+        fits = search(config, budget, Space(**given), planner)
+        rows = [{**describe_run(fit.config), **fit.plan.as_dict()} for fit in fits]
+        shown = json.dumps({"budget": budget, "fits": rows}, indent=2)
+        print(shown if arguments.json else describe_fits(fits, budget))
+        config = fits[0].config
+    if arguments.figure:
+        draw_plans(compare_methods(config, planner), Path(arguments.figure), config)
+
+
+def plan_config(arguments: Any) -> tuple[TrainConfig, int | None]:
+    """The configuration that the words of `subspan plan ...` mean, and the vocabulary of a model that has none of its own.
+
+    Without a recipe: bfloat16, one sequence, and a rank of a quarter of the hidden size, as most of the paper's.
+    """
+    from subspan.training.models import LLAMA, model_config
+
+    vocab_size = None
+    if arguments.config:
+        config = parse_train(["train", "--config", arguments.config])
+        made_from_text = config.model.name in LLAMA and config.data.tokenizer is None
+        vocab_size = config.data.vocab_size if made_from_text else None
+    elif arguments.model:
+        config = TrainConfig(model=ModelConfig(name=arguments.model, dtype="bfloat16"), run=RunConfig(batch_size=1))
+        if arguments.rank is None:
+            config.optim.rank = max(1, model_config(arguments.model).hidden_size // 4)
+    else:
+        raise ValueError("--model is missing: name a model, as in subspan plan --model llama-7b, or give a --config")
+    sections: dict[str, Any] = {name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS}
+    for name, (section, field) in PLAN_FIELDS.items():
+        if arguments[name] is not None:
+            sections[section][field] = arguments[name]
+    micro_batch = arguments.micro_batch or config.run.micro_batch or config.run.batch_size
+    accumulation = arguments.accumulation or config.run.batch_size // (config.run.micro_batch or config.run.batch_size)
+    sections["run"] |= {"micro_batch": micro_batch, "batch_size": micro_batch * accumulation}
+    return make_config(sections), arguments.vocab_size or vocab_size
+
+
 def one_line(error: BaseException) -> str:
     """The message of `error` on one line; jsonargparse's says what was expected in Python's words, this in people's."""
     message = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
@@ -112,7 +215,7 @@ def one_line(error: BaseException) -> str:
     message = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)$", r"expected \1, got \2", message)
     message = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)$", r"expected one of \1, got \2", message)
     if message.startswith('expected "subcommand"'):
-        message = "a command is missing: subspan train or subspan eval, see subspan --help"
+        message = "a command is missing: subspan train or subspan eval, or subspan plan, see subspan --help"
     if message.startswith("unrecognized arguments") and "--" not in message:
         message += " (quote a pattern of files, or the shell makes many words of it)"
     return message
@@ -154,6 +257,37 @@ def _parsers() -> tuple[Any, Any]:
         "--paper-compatible", action="store_true", help="the published metric: mean of batch means over N + 1 batches"
     )
 
+    plan = new(
+        exit_on_error=False,
+        usage="subspan plan --model NAME [--preset PRESET] [--rank R] [--micro-batch N] [--seq-len N] [--budget 24GiB] [options]",
+        description="Memory of a training run before any weight exists: weights, gradients, optimizer, activations, temporaries "
+        "and peak. With --budget: which settings fit, best first; what is not given here is searched for. "
+        "For example: subspan plan --model llama-7b --preset galore8bit --rank 1024 --micro-batch 1 --seq-len 256",
+    )
+    plan.add_argument(
+        "--model", type=str | None, help="llama-7b and the like, or name or folder of a Hugging Face model"
+    )
+    plan.add_argument("--config", type=str | None, help="recipe to start from; options here win over it")
+    option = functools.partial(_plan_option, plan)
+    option("preset", str | None, "galore, galore8bit, qgalore, paper, adamw, adamw8bit, ...")
+    option("rank", int | None, "dimensions of the subspace; a quarter of the hidden size without a recipe")
+    option("proj_type", str | None, "side of the basis: std (the short one), reverse_std, left, right")
+    option("projector", str | None, "how the subspace is found")
+    option("gradients", str | None, "hold, project or update")
+    option("state_dtype", str | None, "of the moments: float32, bfloat16, int8, int4")
+    option("basis_dtype", str | None, "of the bases: float32, bfloat16, int4")
+    option("dtype", str | None, "of weights and gradients: bfloat16 (without a recipe) or float32")
+    option("micro_batch", int | None, "sequences per forward and backward pass")
+    option("accumulation", int | None, "forward and backward passes per step")
+    option("seq_len", int | None, "tokens per sequence")
+    option("vocab_size", int | None, "rows of the embedding of a llama-* size; 32,000 without a recipe")
+    option("activation_checkpointing", bool | None, "true: recompute activations in the backward pass")
+    option("budget", str | None, "search for what fits into this, as 24GiB or 24GB")
+    option(
+        "figure", str | None, "draw this run with AdamW, 8-bit Adam, LoRA and the GaLores: a .png, .svg or .pdf file"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
+
     parser = new(
         prog="subspan",
         exit_on_error=False,
@@ -162,7 +296,14 @@ def _parsers() -> tuple[Any, Any]:
     commands = parser.add_subcommands()
     commands.add_subcommand("train", train, help="train a model with a recipe")
     commands.add_subcommand("eval", evaluate, help="validation loss and perplexity of a run or a model")
+    commands.add_subcommand("plan", plan, help="memory of a run, before it is started")
     return parser, evaluate
+
+
+def _plan_option(parser: Any, name: str, kind: Any, text: str) -> None:
+    """An option with dashes, and with underscores as everywhere else."""
+    dashed = f"--{name.replace('_', '-')}"
+    parser.add_argument(*dict.fromkeys((dashed, f"--{name}")), type=kind, help=text)
 
 
 def _run_config(model: str) -> TrainConfig | None:

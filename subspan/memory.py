@@ -99,8 +99,12 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     device = torch.device(device)
     if device.type != "cpu":
         return int(torch.get_device_module(device).max_memory_allocated(device))
+    # Linux: not from getrusage, which a new process starts with the peak of the one that made it.
+    own = [line.split()[1] for line in _text(Path("/proc/self/status")).splitlines() if line.startswith("VmHWM:")]
+    if own:
+        return 1024 * int(own[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

@@ -20,7 +20,9 @@ LAYERS = {
     "optim.optimizer": 2,
     "optim.presets": 2,
     "optim.update": 2,
+    "live": 1,
     "memory": 3,
+    "simulation": 3,
     "training.checkpoint": 3,
     "training.config": 3,
     "training.corpus": 3,
@@ -31,8 +33,11 @@ LAYERS = {
     "training.resume": 4,
     "training.text": 4,
     "training.trainer": 4,
+    "plan": 4,
+    "budget": 5,
     "cli": 5,
     "compat": 5,
+    "report": 5,
 }
 # Presets are the optimizer with a rule; the optimizer reads groups and owns its hooks, which know its type, and both go through
 # weights by update's parts; data and corpus,
@@ -48,6 +53,9 @@ SIBLINGS = {
     ("training.checkpoint", "memory"),
     ("training.data", "training.corpus"),
     ("training.trainer", "training.text"),
+    ("plan", "training.trainer"),
+    ("cli", "budget"),
+    ("cli", "report"),
     ("training.trainer", "training.resume"),
 }
 TORCH_ALONE = {
@@ -60,7 +68,9 @@ TORCH_ALONE = {
     "optim.optimizer",
     "optim.presets",
     "optim.update",
+    "live",
     "memory",
+    "simulation",
     "compat",
 }
 

@@ -50,16 +50,27 @@ def search_table(searches: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rates(runs: list[dict[str, Any]]) -> tuple[float, float]:
+    """(lr, dense lr) of the best of some runs."""
+    best = min(runs, key=lambda run: run["valid_loss"])
+    return best["lr"], best["dense_lr"]
+
+
 def main() -> None:
     runs = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
     order = list(LABELS)
     runs.sort(key=lambda run: (order.index(run["method"]), run["lr"], run["dense_lr"]))
     longest = max(run["steps"] for run in runs)
+    finals = [run for run in runs if run["steps"] == longest]
+    searches = [run for run in runs if run["steps"] < longest]
+    chosen = {name: rates([run for run in searches if run["method"] == name]) for name in ("adamw", "galore_subspace")}
+    best = [run for run in finals if rates([run]) == chosen["adamw" if run["method"] == "adamw" else "galore_subspace"]]
     readme = HERE / "README.md"
     text = readme.read_text()
     for name, table in (
-        ("final", final_table([run for run in runs if run["steps"] == longest])),
-        ("search", search_table([run for run in runs if run["steps"] < longest])),
+        ("final", final_table(best)),
+        ("earlier", final_table([run for run in finals if run not in best])),
+        ("search", search_table(searches)),
     ):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>{table}\n\g<2>", text, flags=re.DOTALL)
     readme.write_text(text)

@@ -123,8 +123,8 @@ class OptimConfig:
     """How the weights are stepped."""
 
     preset: Preset = "galore"
-    """galore: Adam in the subspace, galore8bit: its moments in 8 bits, qgalore: weights in 8 and basis in 4 bits too, paper: exactly
-    the reference, galore_adafactor, galore_lion, galore_sgd; adamw, adamw8bit: full rank"""
+    """galore: Adam in the subspace, galore8bit: its moments in 8 bits, qgalore: weights in 8 and basis in 4 bits too, paper:
+    exactly the reference, galore_adafactor, galore_lion, galore_sgd; adamw, adamw8bit: full rank"""
     lr: float = 0.01
     """peak learning rate"""
     dense_lr: float | None = None

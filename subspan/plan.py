@@ -1,0 +1,372 @@
+"""The memory planner: what a run will take, before any weight exists.
+
+    plan_memory(config)              weights, gradients, optimizer, activations, temporaries and peak of one configuration
+    search(...)  in budget.py        the configurations that fit into so many bytes, best first
+
+No shape rule is written down here a second time. The model and the optimizer are the real ones, built by the trainer's own
+functions on fake tensors, which have shapes and no memory, and two things are watched operation by operation (live.py):
+
+    trace    one forward and backward pass of the model alone: activations and temporaries after every operation, and where in it
+             each parameter's gradient arrives
+    costs    what the optimizer does to one gradient, for every distinct shape: its hook at arrival, `prepare()`, `step()`, with
+             and without a refresh
+
+A step is the trace with each arrival replaced by its parameter's cost: gradients that wait add up, everything else is freed
+before the next one arrives. So one trace serves all optimizers, and a search over hundreds of them takes seconds.
+
+Planned is what the tensors of one process take at the fullest moment of the step whose refreshes take most, as `train()` runs
+it. Python, the libraries' code and the allocator's own leftovers come on top, a few hundred MiB.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import re
+import warnings
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from subspan.extras import require
+from subspan.memory import GIB, MemoryTable, count_memory
+from subspan.optim.optimizer import ProjectedOptimizer
+from subspan.optim.presets import FULL_RANK
+from subspan.optim.quant import quantize
+from subspan.simulation import Cost, Phase, PhaseName, Trace, put_together, watch_passes, watch_update
+from subspan.training.config import OptimConfig, TrainConfig
+from subspan.training.models import build_model
+from subspan.training.trainer import build_optimizer
+
+CARDS = (8, 12, 16, 24, 32, 40, 48, 80)
+"""Memory of common cards in GiB."""
+
+CARD_RESERVE = GIB // 2
+"""Bytes of a card that the driver's context and the libraries take."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes, and the number of parameters. The columns are those of the fullest moment, so they add up to `peak`.
+
+    gradients: full ones and low-rank ones. activations: made by the forward pass, logits included. temporaries: the rest, as
+    gradients of activations, recomputed activations, and what the optimizer works with.
+    phases: the fullest moment of each. `refresh` is a gradient's arrival or preparation when its basis changes.
+    """
+
+    parameters: int
+    weights: int
+    basis: int
+    moments: int
+    phases: Mapping[PhaseName, Phase]
+
+    @property
+    def peak_at(self) -> PhaseName:
+        return max(self.phases, key=lambda name: self.phases[name].total)
+
+    @property
+    def gradients(self) -> int:
+        return self.phases[self.peak_at].gradients
+
+    @property
+    def activations(self) -> int:
+        return self.phases[self.peak_at].activations
+
+    @property
+    def temporaries(self) -> int:
+        return self.phases[self.peak_at].temporaries
+
+    @property
+    def optimizer(self) -> int:
+        """Basis and moments."""
+        return self.basis + self.moments
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.optimizer + self.phases[self.peak_at].total
+
+    def rows(self) -> list[tuple[str, int]]:
+        """(name, bytes) in the order of the printed table; the last is the sum of the others."""
+        return [
+            ("weights", self.weights),
+            ("gradients", self.gradients),
+            ("optimizer: basis", self.basis),
+            ("optimizer: moments", self.moments),
+            ("activations", self.activations),
+            ("temporaries", self.temporaries),
+            ("peak", self.peak),
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, in bytes."""
+        base = self.weights + self.optimizer
+        return {
+            **{name.replace("optimizer: ", ""): size for name, size in self.rows()},
+            "optimizer": self.optimizer,
+            "parameters": self.parameters,
+            "peak_at": self.peak_at,
+            "phases": {name: {**dataclasses.asdict(p), "total": base + p.total} for name, p in self.phases.items()},
+            "cards": self.cards(),
+        }
+
+    def cards(self) -> list[int]:
+        """The cards, in GiB, that `peak` fits into."""
+        return [size for size in CARDS if self.peak <= size * GIB - CARD_RESERVE]
+
+    def describe(self, config: TrainConfig) -> str:
+        """What was planned, in two lines of words."""
+        run = describe_run(config)
+        passes = "" if run["accumulation"] == 1 else f", {run['accumulation']} times a step"
+        checkpointing = ", activation checkpointing" if run["activation_checkpointing"] else ""
+        return (
+            f"{run['model']}, {self.parameters:,} parameters, {run['dtype']}, "
+            f"{run['micro_batch']} x {run['seq_len']} tokens{passes}{checkpointing}\n{describe_optim(config)}"
+        )
+
+    def __str__(self) -> str:
+        lines = [f"  {name:<20}{size / GIB:10.3f} GiB" for name, size in self.rows()]
+        base = self.weights + self.optimizer
+        phases = [f"{name} {(base + phase.total) / GIB:.3f}" for name, phase in self.phases.items()]
+        lines.append(f"  peaks of the phases   {', '.join(phases)} GiB")
+        lines.append(f"  fits into             {describe_cards(self.cards())}")
+        return "\n".join(lines)
+
+
+def describe_run(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide about memory; rank and side are None where nothing is projected."""
+    optim, run = config.optim, config.run
+    projected = optim.preset not in FULL_RANK
+    micro_batch = run.micro_batch or run.batch_size
+    return {
+        "model": config.model.name,
+        "dtype": config.model.dtype,
+        "preset": optim.preset,
+        "rank": optim.rank if projected else None,
+        "proj_type": optim.proj_type if projected else None,
+        "gradients": optim.gradients,
+        "micro_batch": micro_batch,
+        "accumulation": run.batch_size // micro_batch,
+        "seq_len": config.data.seq_len,
+        "activation_checkpointing": config.model.activation_checkpointing,
+    }
+
+
+def describe_optim(config: TrainConfig) -> str:
+    """Preset, rank, side and gradients in words."""
+    run = describe_run(config)
+    rank = f", rank {run['rank']} ({run['proj_type']})" if run["rank"] else ""
+    return f"{run['preset']}{rank}, gradients {run['gradients']}"
+
+
+def with_preset(optim: OptimConfig, preset: str, **changes: Any) -> OptimConfig:
+    """`optim` with another preset; what a full-rank one cannot have is dropped."""
+    dropped = {"projector": None, "basis_dtype": None} if preset in FULL_RANK else {}
+    return replace(optim, preset=preset, **{**changes, **dropped})  # type: ignore[arg-type]
+
+
+def describe_cards(cards: Sequence[int]) -> str:
+    """Cards of these sizes in words."""
+    return f"cards of {', '.join(map(str, cards))} GB" if cards else f"no card of up to {max(CARDS)} GB"
+
+
+def plan_memory(config: TrainConfig, vocab_size: int | None = None) -> MemoryPlan:
+    """The memory of `train(config)` on one CPU process; nothing of the model's size is allocated.
+
+    vocab_size: rows of the embedding of a `llama-*` size; None: 32,000, unless `config.model.overrides` has it. Text is not read.
+
+    Raises ValueError for everything that building the model and the optimizer raises it for.
+    """
+    return Planner(vocab_size).plan(config)
+
+
+@dataclass(frozen=True)
+class Update:
+    """An optimizer: bytes of its state, the cost of each parameter by name, and the names of those refreshed in this step."""
+
+    memory: MemoryTable
+    costs: Mapping[str, Cost]
+    due: Set[str]
+
+
+class Planner:
+    """Plans many configurations: models, traces and costs are made once each."""
+
+    def __init__(self, vocab_size: int | None = None) -> None:
+        self.vocab_size = vocab_size
+        # Tables that quantizing keeps for later must not be made of fake tensors.
+        for bits, signed in ((8, True), (8, False), (4, True), (4, False)):
+            quantize(torch.zeros(2, 2), bits, signed, 2)  # type: ignore[arg-type]
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._models: dict[str, nn.Module] = {}
+        self._fakes: dict[str, nn.Module] = {}
+        self._traces: dict[tuple[Any, ...], Trace] = {}
+        self._updates: dict[str, Update] = {}
+        self._least: dict[str, int] = {}
+
+    def plan(self, config: TrainConfig, lora: bool = False) -> MemoryPlan:
+        """As `plan_memory`. lora: of LoRA (through peft) at `optim.rank`, whose adapters alone are trained."""
+        key, model = self._model(config, lora)
+        trace = self._trace(key, config)
+        update = self._update(key, config)
+        accumulation = config.run.batch_size // (config.run.micro_batch or config.run.batch_size)
+        phases = put_together(trace, update.costs, update.due, accumulation)
+        count = sum(p.numel() for p in model.parameters())
+        return MemoryPlan(count, update.memory.weights, update.memory.basis, update.memory.moments, phases)
+
+    def least(self, config: TrainConfig) -> int:
+        """Bytes of weights and optimizer state, which `plan(config)` must exceed; found at once."""
+        key, model = self._model(config, False)
+        full = json.dumps([key, dataclasses.asdict(replace(config.optim, gradients="hold"))], default=str)
+        if full not in self._least:  # `gradients` changes neither
+            memory = count_memory(model, build_optimizer(model, config))
+            self._least[full] = memory.weights + memory.optimizer
+        return self._least[full]
+
+    def _model(self, config: TrainConfig, lora: bool) -> tuple[str, nn.Module]:
+        """The model on the meta device, with its name among the models."""
+        wanted = replace(config.model, pretrained=False, activation_checkpointing=False)
+        adapters = config.optim.rank if lora else None
+        key = json.dumps([dataclasses.asdict(wanted), config.int8_weights, config.data.seq_len, adapters], default=str)
+        if key not in self._models:
+            model: nn.Module = build_model(
+                wanted.name,
+                vocab_size=self.vocab_size,
+                seq_len=config.data.seq_len,
+                dtype=wanted.dtype,
+                overrides=wanted.overrides,
+                device="meta",
+                int8=config.int8_weights,
+            )
+            if adapters:
+                model = _with_adapters(model, adapters)
+            self._models[key] = model.train()
+        return key, self._models[key]
+
+    def _fake_model(self, key: str) -> nn.Module:
+        """The same of fake tensors: operations on them are those of the CPU."""
+        if key not in self._fakes:
+            self._fakes[key] = copy.deepcopy(self._models[key])
+            with self.fake:
+                _bring_in(self._fakes[key])
+        return self._fakes[key]
+
+    def _trace(self, key: str, config: TrainConfig) -> Trace:
+        """The trace of a micro-batch; of more than three sequences, from those of two and of three."""
+        settings: dict[str, Any] = {
+            "seq_len": config.data.seq_len,
+            "checkpointing": config.model.activation_checkpointing,
+            "autocast": config.run.autocast,
+            "position_ids": config.data.keep_documents_apart,
+        }
+
+        def of(sequences: int) -> Trace:
+            full = (key, *settings.values(), sequences)
+            if full not in self._traces:
+                trace = of(2).scaled(of(3), sequences - 2) if sequences > 3 else None
+                if trace is None:
+                    model = self._fake_model(key)
+                    with self.fake:
+                        trace = watch_passes(model, sequences=sequences, **settings)
+                self._traces[full] = trace
+            return self._traces[full]
+
+        return of(config.run.micro_batch or config.run.batch_size)
+
+    def _update(self, key: str, config: TrainConfig) -> Update:
+        """What the optimizer of `config` adds to the trace of its model."""
+        settings = json.dumps([key, dataclasses.asdict(config.optim)], default=str)
+        if settings not in self._updates:
+            model = self._models[key]
+            optimizer = build_optimizer(model, config)
+            assert isinstance(optimizer, ProjectedOptimizer)
+            names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+            due = {names[p] for p in _fullest_refresh(optimizer)}
+            kinds = {
+                names[p]: (i, type(p.data), p.dtype, tuple(p.shape), names[p] in due)
+                for i, group in enumerate(optimizer.param_groups)
+                for p in group["params"]
+            }
+            watched = {
+                kind: name for name, kind in reversed(kinds.items())
+            }  # one of each kind: the others cost the same
+            projected = [name for name in watched.values() if "rank" in optimizer.param_groups[kinds[name][0]]]
+            costs = self._costs(key, config, set(watched.values()), projected, due)
+            self._updates[settings] = Update(
+                count_memory(model, optimizer), {name: costs[watched[kind]] for name, kind in kinds.items()}, due
+            )
+        return self._updates[settings]
+
+    def _costs(
+        self, key: str, config: TrainConfig, watched: Set[str], projected: Sequence[str], due: Set[str]
+    ) -> dict[str, Cost]:
+        """The cost of each of the `watched` parameters, from an optimizer that has no others."""
+        model = self._fake_model(key)
+        targets = [f"^{re.escape(name)}$" for name in projected] or None
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, p in trained.items():
+            p.requires_grad_(name in watched)
+        try:
+            with self.fake:
+                optimizer = build_optimizer(model, replace(config, optim=replace(config.optim, targets=targets)))
+                assert isinstance(optimizer, ProjectedOptimizer)
+                return {name: watch_update(model, optimizer, trained[name], name in due) for name in watched}
+        finally:
+            for p in trained.values():
+                p.requires_grad_(True)
+
+
+def _fullest_refresh(optimizer: ProjectedOptimizer) -> set[Tensor]:
+    """The parameters that are refreshed together with most bytes, the last in the model of equal ones: they arrive first, when
+    most activations are still alive."""
+    together: dict[int, set[Tensor]] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if "rank" in group:
+                together.setdefault(optimizer.first_refresh(p), set()).add(p)
+    return max(together.items(), key=lambda item: (sum(p.numel() for p in item[1]), item[0]), default=(0, set()))[1]
+
+
+def _with_adapters(model: nn.Module, rank: int) -> nn.Module:
+    """LoRA on every linear layer but the head, adapters in the weights' dtype, as in the paper's tables."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # peft imports quantizers that are of no use here, and some say what they miss
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            peft = require("peft", "plan")
+            settings = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            adapted: nn.Module = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+            return adapted
+    finally:
+        logging.disable(before)
+
+
+def _bring_in(model: nn.Module) -> None:
+    """Replace the model's meta tensors by fake ones of the CPU, shared ones by shared ones. Inside FakeTensorMode.
+
+    A model built of fake tensors from the start would run its initialization on them, slowly.
+    """
+    new: dict[Tensor, Tensor] = {}
+
+    def on_cpu(X: Tensor) -> Tensor:
+        if hasattr(X, "__tensor_flatten__"):
+            names, context = X.__tensor_flatten__()
+            inner = {name: on_cpu(getattr(X, name)) for name in names}
+            made: Tensor = type(X).__tensor_unflatten__(inner, context, X.shape, X.stride())  # type: ignore[attr-defined]
+            return made
+        return torch.empty_like(X, device="cpu")
+
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, X in own.items():
+                if X is not None:
+                    if X not in new:
+                        made = on_cpu(X.detach())
+                        new[X] = nn.Parameter(made, X.requires_grad) if isinstance(X, nn.Parameter) else made
+                    own[name] = new[X]  # type: ignore[assignment]

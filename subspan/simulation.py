@@ -1,0 +1,241 @@
+"""One training step on fake tensors, in pieces: what the model's passes take, what the optimizer does to one gradient, and both
+put together. The planner's (plan.py) inner part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from subspan.live import LiveBytes
+from subspan.optim import backward, update
+from subspan.optim.int8 import Int8Weight
+from subspan.optim.optimizer import ProjectedOptimizer
+
+Pair = tuple[int, int]
+PhaseName = Literal["forward", "backward", "refresh", "step"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes alive at the fullest moment of a phase, beside weights and optimizer state."""
+
+    gradients: int
+    activations: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.activations + self.temporaries
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes that one forward and backward pass takes beside weights and arrived gradients: (activations, temporaries).
+
+    series: after every operation; the first `forward` of them are the forward pass.
+    arrivals: (position in the series, parameter's name), in order. alive: at each, without the gradient that arrives.
+    left: what is alive at the end.
+    """
+
+    series: list[Pair]
+    forward: int
+    arrivals: list[tuple[int, str]]
+    alive: list[Pair]
+    left: Pair
+
+    @functools.cached_property
+    def fullest(self) -> list[Pair]:
+        """The fullest moment of the forward pass, of the backward pass before each arrival, and after the last one."""
+        cuts = [0, self.forward, *(at for at, _ in self.arrivals), len(self.series)]
+        pieces = [self.series[start:end] for start, end in itertools.pairwise(cuts)]
+        return [max(piece, key=sum, default=(0, 0)) for piece in pieces]
+
+    def scaled(self, other: Trace, times: int) -> Trace | None:
+        """The trace `times` as far from this one as `other` is: bytes are linear in the number of sequences, moment by moment.
+        None if the two do not consist of the same operations."""
+        if self.arrivals != other.arrivals or self.forward != other.forward or len(self.series) != len(other.series):
+            return None
+
+        def line(own: list[Pair], others: list[Pair]) -> list[Pair]:
+            pairs = zip(own, others, strict=True)
+            return [(a + times * (c - a), b + times * (d - b)) for (a, b), (c, d) in pairs]
+
+        left = line([self.left], [other.left])[0]
+        return replace(self, series=line(self.series, other.series), alive=line(self.alive, other.alive), left=left)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that one parameter's gradient takes, itself included, stage by stage.
+
+    gradient: its own. arrive: at most, while its hook runs. again: the same in the second backward pass of a step, above what
+    waits already. waiting: between the passes and after them. prepare: at most in `prepare()`. prepared: after it.
+    step: at most in `step()`.
+    """
+
+    gradient: int
+    arrive: int
+    again: int
+    waiting: int
+    prepare: int
+    prepared: int
+    step: int
+
+
+def watch_passes(
+    model: Any, *, sequences: int, seq_len: int, checkpointing: bool, autocast: bool, position_ids: bool
+) -> Trace:
+    """The trace of a causal LM of transformers that no optimizer has hooked. Call it inside FakeTensorMode."""
+    arrivals: list[tuple[int, str]] = []
+    alive: list[Pair] = []
+    live = LiveBytes([*model.parameters(), *model.buffers()])
+
+    def now() -> Pair:
+        return live.bytes["activations"], live.bytes["temporaries"]
+
+    def arrived(name: str, p: Tensor) -> None:
+        assert p.grad is not None
+        live.mark(p.grad, "gradients")
+        arrivals.append((len(live.series), name))
+        alive.append(now())
+
+    with contextlib.ExitStack() as undo:
+        if checkpointing:
+            _checkpoint_activations(model, True)
+            undo.callback(_checkpoint_activations, model, False)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                hook = functools.partial(arrived, name)
+                undo.callback(p.register_post_accumulate_grad_hook(hook).remove)
+        undo.enter_context(_few_parts())
+        undo.enter_context(live)
+        live.kind = "activations"
+        ids = torch.zeros(sequences, seq_len, dtype=torch.int64)
+        batch = {"input_ids": ids, "labels": ids.clone()}
+        if position_ids:
+            batch["position_ids"] = ids.clone()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**batch, use_cache=False).loss
+        forward, live.kind = len(live.series), "temporaries"
+        loss.backward()
+        del loss
+        left = now()
+    for p in model.parameters():
+        p.grad = None
+    return Trace(live.series, forward, arrivals, alive, left)
+
+
+class _Arrive(torch.autograd.Function):
+    """A backward pass that only hands over a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = p.shape, p.dtype
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
+        return torch.empty(ctx.shape, dtype=ctx.dtype)
+
+
+def watch_update(model: nn.Module, optimizer: ProjectedOptimizer, p: Tensor, refresh: bool) -> Cost:
+    """What `optimizer` does to the gradient of `p` in a step with or without a refresh. Call it inside FakeTensorMode."""
+    state = [X for values in optimizer.state.values() for X in values.values()]
+    live = LiveBytes([*model.parameters(), *model.buffers(), *state])
+
+    def most(work: Any) -> int:
+        live.peak = live.now
+        work()
+        return live.peak
+
+    def arrive() -> None:
+        _Arrive.apply(p).backward()  # type: ignore[no-untyped-call]
+
+    optimizer.refresh_due = lambda p: refresh  # type: ignore[method-assign]
+    with _few_parts(), live:
+        first = most(arrive)
+        waiting = live.now
+        again = most(arrive) - waiting if optimizer.gradients != "update" else 0
+        prepare = most(optimizer.prepare)
+        prepared = live.now
+        step = most(optimizer.step)
+        optimizer.zero_grad()
+    del optimizer.refresh_due
+    return Cost(p.numel() * p.dtype.itemsize, first, again, waiting, prepare, prepared, step)
+
+
+def put_together(
+    trace: Trace, costs: Mapping[str, Cost], refreshed: Set[str], accumulation: int
+) -> dict[PhaseName, Phase]:
+    """The fullest moment of each phase of a step: `accumulation` passes, then `prepare()` and `step()`, as the trainer does.
+
+    costs: of every trained parameter by name, in the order of the optimizer; refreshed: the names of those whose basis changes.
+    """
+    phases: dict[PhaseName, Phase] = {}
+
+    def moment(name: PhaseName, gradients: int, activations: int, temporaries: int) -> None:
+        phase = Phase(gradients, activations, temporaries)
+        if name not in phases or phase.total > phases[name].total:
+            phases[name] = phase
+
+    waiting = 0
+    arrived: set[str] = set()
+    forward, *pieces, last = trace.fullest
+    for _ in range(min(accumulation, 2)):  # from the second pass on, all are alike
+        moment("forward", waiting, *forward)
+        for (_, name), fullest, (activations, temporaries) in zip(trace.arrivals, pieces, trace.alive, strict=True):
+            moment("backward", waiting, *fullest)
+            cost = costs[name]
+            most = cost.again if name in arrived else cost.arrive
+            own = min(cost.gradient, most)
+            phase: PhaseName = "refresh" if name in refreshed else "backward"
+            moment(phase, waiting + own, activations, temporaries + most - own)
+            waiting += 0 if name in arrived else cost.waiting
+            arrived.add(name)
+        moment("backward", waiting, *last)
+    for name in (name for name in costs if name in arrived):
+        cost, phase = costs[name], "refresh" if name in refreshed else "step"
+        moment(phase, waiting, trace.left[0], trace.left[1] + cost.prepare - cost.waiting)
+        waiting += cost.prepared - cost.waiting
+    for name in (name for name in costs if name in arrived):
+        moment("step", waiting, trace.left[0], trace.left[1] + costs[name].step - costs[name].prepared)
+    return phases
+
+
+@contextlib.contextmanager
+def _few_parts() -> Iterator[None]:
+    """Loops over the parts of a tensor do the first two and the last: the others take as much as the second, and at 7B there are
+    hundreds of them for each weight."""
+
+    def few(parts: Any) -> Any:
+        @functools.wraps(parts)
+        def ends(*args: Any) -> Iterator[tuple[int, int]]:
+            found = list(parts(*args))
+            return iter(found[:2] + found[2:][-1:])
+
+        return ends
+
+    with contextlib.ExitStack() as undo:
+        for owner, name in ((update, "parts_of"), (backward, "parts_of"), (Int8Weight, "blocks")):
+            parts = getattr(owner, name)
+            undo.callback(setattr, owner, name, parts)
+            setattr(owner, name, few(parts))
+        yield
+
+
+def _checkpoint_activations(model: Any, on: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for name in ("activation_checkpointing", "gradient_checkpointing"):  # the name since transformers 5, and before
+            if switch := getattr(model, f"{name}_{'enable' if on else 'disable'}", None):
+                switch()
+                return
