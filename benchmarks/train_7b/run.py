@@ -89,23 +89,15 @@ class Clock:
         return timed
 
 
-def train(name: str, row: Row, address_space: float) -> None:
-    """Build, train, and write what was seen; in a process of its own."""
-    resource.setrlimit(resource.RLIMIT_AS, (int(address_space * GIB),) * 2)
-    libc = ctypes.CDLL("libc.so.6")
-    # Freed gradients and activations of 8 MiB and more go back to the system at once, instead of becoming holes in the heap;
-    # the optimizer's parts, 1 to 4 MiB, stay there: mapping their pages anew each time took as long as the arithmetic.
-    libc.mallopt(M_MMAP_THRESHOLD, 2**23)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**25)
+def configure(row: Row) -> Any:
+    """The run of a row, as the trainer and the planner take it."""
+    from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
-    from subspan.memory import count_memory
-    from subspan.training.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-    from subspan.training.models import build_model
-    from subspan.training.trainer import build_optimizer
-
-    torch.manual_seed(0)
-    config = TrainConfig(
-        model=ModelConfig(name="llama-7b", dtype="bfloat16", overrides=row.overrides),
+    return TrainConfig(
+        model=ModelConfig(
+            name="llama-7b", dtype="bfloat16", overrides=row.overrides, activation_checkpointing=row.checkpointing
+        ),
+        data=DataConfig(seq_len=row.tokens),
         optim=OptimConfig(
             preset=row.preset,  # type: ignore[arg-type]
             gradients=row.gradients,  # type: ignore[arg-type]
@@ -118,6 +110,23 @@ def train(name: str, row: Row, address_space: float) -> None:
         ),
         run=RunConfig(steps=row.steps, warmup_steps=0, batch_size=row.micro_batches, micro_batch=1),
     )
+
+
+def train(name: str, row: Row, address_space: float) -> None:
+    """Build, train, and write what was seen; in a process of its own."""
+    resource.setrlimit(resource.RLIMIT_AS, (int(address_space * GIB),) * 2)
+    libc = ctypes.CDLL("libc.so.6")
+    # Freed gradients and activations of 8 MiB and more go back to the system at once, instead of becoming holes in the heap;
+    # the optimizer's parts, 1 to 4 MiB, stay there: mapping their pages anew each time took as long as the arithmetic.
+    libc.mallopt(M_MMAP_THRESHOLD, 2**23)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**25)
+
+    from subspan.memory import count_memory
+    from subspan.training.models import build_model
+    from subspan.training.trainer import build_optimizer
+
+    torch.manual_seed(0)
+    config = configure(row)
     result: dict[str, Any] = {
         "row": asdict(row),
         "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "libc": platform.libc_ver()[1]},
