@@ -429,7 +429,7 @@ def test_a_figure_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str], e
     [
         (["plan"], "--model"),
         (["plan", "--model", "llama-9M"], "did you mean llama-9m"),
-        (["plan", "--model", "no/such"], "no/such"),
+        (["plan", "--model", "no/such/model"], "no/such/model"),
         ([*SMALL, "--preset", "galor"], "preset='galor'"),
         ([*SMALL, "--rank", "0"], "rank=0"),
         ([*SMALL, "--rank", "many"], "--rank"),
