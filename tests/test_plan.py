@@ -234,7 +234,13 @@ def test_a_few_parts_take_as_much_as_all(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_one_planner_plans_like_many() -> None:
     planner = Planner()
     configs = [
-        make_config(preset=preset, gradients=gradients, accumulation=accumulation, checkpointing=checkpointing)
+        make_config(
+            preset=preset,
+            gradients=gradients,
+            accumulation=accumulation,
+            checkpointing=checkpointing,
+            overrides={"num_hidden_layers": 1},
+        )
         for preset in ("galore", "qgalore")
         for gradients, accumulation in (("update", 1), ("project", 2))
         for checkpointing in (False, True)
@@ -322,13 +328,12 @@ def test_other_sizes_are_errors(text: str) -> None:
 
 
 def test_a_search_finds_what_fits_best_first() -> None:
-    planner, config = Planner(), make_config("bfloat16", micro_batch=1)
-    space = Space(ranks=(64, 16), micro_batches=(4, 2, 1))
+    planner, config = Planner(), make_config("bfloat16", micro_batch=1, overrides={"num_hidden_layers": 1})
+    space = Space(presets=("adamw", "galore8bit", "qgalore"), ranks=(64, 16), micro_batches=(4, 2, 1))
     everything = search(config, 2**40, space, planner)
     assert [(fit.config.optim.preset, fit.config.optim.rank) for fit in everything] == [
         ("adamw", 64),
-        ("adamw8bit", 64),
-        *((preset, rank) for preset in ("galore", "galore8bit", "qgalore") for rank in (64, 16)),
+        *((preset, rank) for preset in ("galore8bit", "qgalore") for rank in (64, 16)),
     ]
     for fit in everything:
         assert fit.config.run.micro_batch == 4
@@ -391,10 +396,10 @@ def test_json_in_both_spellings(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_budget_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*SMALL, "--budget", "90MiB", "--rank", "32", "--micro-batch", "4"]
+    words = [*SMALL, "--budget", "90MiB", "--preset", "galore8bit", "--rank", "32", "--micro-batch", "4"]
     assert run(*words) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert all(("micro-batch 4" in line and "rank 32" in line) or "adamw" in line for line in lines)
+    assert ["galore8bit, rank 32 (std), gradients project, micro-batch 4 " in line for line in lines] == [True]
     assert run(*words, "--json") == 0
     fits = json.loads(capsys.readouterr().out)["fits"]
     assert len(fits) == len(lines)
@@ -413,7 +418,7 @@ def test_a_recipe_is_planned_and_a_run_says_what_was_planned(
     assert re.search(r"memory  planned 0\.\d+ GiB of tensors at most, in \w+; measured \d", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+@pytest.mark.parametrize("ending", ["png", "svg"])
 def test_a_figure_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("peft")
@@ -433,7 +438,7 @@ def test_a_figure_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str], e
         ([*SMALL, "--preset", "galor"], "preset='galor'"),
         ([*SMALL, "--rank", "0"], "rank=0"),
         ([*SMALL, "--rank", "many"], "--rank"),
-        ([*SMALL, "--budget", "1MiB"], "closest is"),
+        ([*SMALL, "--budget", "1MiB", "--preset", "galore8bit", "--rank", "8"], "closest is galore8bit, rank 8"),
         ([*SMALL, "--budget", "much"], "budget='much'"),
         ([*SMALL, "--figure", "memory.gif"], "memory.gif"),
         ([*SMALL, "--figure", "no/folder/memory.png"], "no/folder"),

@@ -141,7 +141,7 @@ def int8(config: TrainConfig) -> dict[str, bool]:
 def warm_up() -> None:
     """What is made once a process, by whichever step is first: code pages, oneDNN's kernels, tables of codes."""
     for dtype in ("float32", "bfloat16"):
-        for preset in ("galore", "galore8bit"):
+        for preset in ("galore8bit", "qgalore"):
             config = Row("llama-9m", preset, "project", dtype, tokens=16).config()
             config.model.overrides = {"vocab_size": 64, "num_hidden_layers": 1}
             bench = Bench(config)
