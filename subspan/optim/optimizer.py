@@ -330,25 +330,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         generator = None
         if isinstance(p, Int8Weight) or (self.stochastic_rounding and p.dtype == torch.bfloat16):
             generator = torch.Generator(device=p.device).manual_seed(self._rounding_seed(p))
+        W, side, Q = p, None, None
         if "rank" in group:
             W = as_matrix(p, group)
-            update_weight(
-                W,
-                R,
-                state,
-                rule,
-                store,
-                side=pick_side(W.shape, group["proj_type"]),
-                Q=self.basis(p, p.dtype),
-                size=size * group["scale"],
-                keep=keep,
-                use=use,
-                generator=generator,
-            )
-        else:
-            update_weight(
-                p, R, state, rule, store, side=None, Q=None, size=size, keep=keep, use=use, generator=generator
-            )
+            side, Q = pick_side(W.shape, group["proj_type"]), self.basis(p, p.dtype)
+            size *= group["scale"]
+        update_weight(W, R, state, rule, store, side=side, Q=Q, size=size, keep=keep, use=use, generator=generator)
 
     def _low_rank_gradients(self, refresh: bool = True) -> Iterator[Prepared]:
         """(group, p, R, norm of R) of every parameter with a gradient, each as it is asked for."""
