@@ -313,7 +313,9 @@ class Planner:
             p.requires_grad_(name in watched)
         try:
             with self.fake:
-                optimizer = build_optimizer(model, replace(config, optim=replace(config.optim, targets=targets)))
+                # Eager: fake tensors cannot be compiled, and one compiled pass has no more temporaries than that.
+                changed = replace(config.optim, targets=targets, compile=False)
+                optimizer = build_optimizer(model, replace(config, optim=changed))
                 assert isinstance(optimizer, ProjectedOptimizer)
                 return {name: watch_update(model, optimizer, trained[name], name in due) for name in watched}
         finally:

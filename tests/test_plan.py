@@ -231,6 +231,12 @@ def test_a_few_parts_take_as_much_as_all(monkeypatch: pytest.MonkeyPatch) -> Non
         assert plan.peak == pytest.approx(whole.peak, abs=2000)  # the norms of the parts, 4 bytes each
 
 
+def test_a_compiled_step_is_planned_as_an_eager_one() -> None:
+    config, compiled = (make_config("bfloat16", preset="galore8bit", compile=flag) for flag in (False, True))
+    assert build_optimizer(real_model(compiled), compiled).compile  # type: ignore[attr-defined]
+    assert plan_memory(compiled) == plan_memory(config)
+
+
 def test_one_planner_plans_like_many() -> None:
     planner = Planner()
     configs = [

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from subspan.optim.quant import BLOCK_SIZE, SIGNED, Store, code_book, dequantize, quantize, stochastic_round
+from subspan.optim.books import code_book
+from subspan.optim.quant import BLOCK_SIZE, SIGNED, Store, dequantize, quantize, stochastic_round
 from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
 
 BOOKS = [(8, True), (8, False), (4, True), (4, False)]
@@ -254,11 +255,22 @@ def test_no_value_is_looked_at(bits, signed):
     assert dequantize(codes, scale, bits, signed, 64, 101).shape == X.shape
 
 
-def test_compile_sees_one_graph():
-    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
-    for bits, signed in ((8, False), (4, True)):  # the second makes a symbol of bits
-        X = moments(6, 101, signed=signed)
-        assert compiled(X, bits, signed).equal(there_and_back(X, bits, signed))
+def test_compiled_codes_and_values_are_the_same():
+    """Compiled they come from arithmetic, not from tables; in one graph."""
+    write = torch.compile(quantize, fullgraph=True, backend="aot_eager")
+    read = torch.compile(dequantize, fullgraph=True, backend="aot_eager")
+    for bits, signed in BOOKS:  # the second number of bits is made a symbol
+        book = code_book(bits, signed)
+        decades = 10.0 ** (-7 * torch.rand(20, 101)) * (torch.rand(20, 101) - 0.5).sign()
+        X = torch.cat((moments(20, 101, spread=3.0).flatten(), decades.flatten(), book, torch.tensor([0.0, 1e-45])))
+        X = torch.cat((X[: 16 * (len(X) // 16)].view(16, -1), torch.ones(16, 1)), -1)
+        X = X if signed else X.abs()
+        codes, scale = quantize(X, bits, signed, 4096)
+        theirs = write(X, bits, signed, 4096)
+        assert theirs[1].equal(scale)
+        assert (theirs[0] != codes).sum() <= 2  # ties, but for rounding
+        value = dequantize(codes, scale, bits, signed, 4096, X.shape[1])
+        torch.testing.assert_close(read(codes, scale, bits, signed, 4096, X.shape[1]), value, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,9 @@ class Row:
 
 ROWS = {
     "a": Row(),
-    "a_plain": Row(checkpointing=False),
-    "b": Row(gradients="project", micro_batches=8, steps=3),
-    "c": Row(preset="qgalore"),
+    "a_plain": Row(checkpointing=False, steps=3),
+    "b": Row(gradients="project", micro_batches=8, rank=896, steps=2),  # 1024 would need 22.4 GiB before any leftovers
+    "c": Row(preset="qgalore", steps=3),
     "d": Row(preset="qgalore", proj_type="reverse_std", steps=2, overrides=WIDE | {"num_hidden_layers": 40}),
 }
 

@@ -3,7 +3,8 @@
     python reproductions/low_bits/run.py 'TEXT/train/*.txt' TEXT/valid.txt
 
 Model, text, data order, schedule, learning rates and token budget are those of reproductions/first_run; only what is named
-changes. A second seed of the fp32 row says how much a difference means. Every row leaves a file in results/ beside this file;
+changes, and its run of GaLore with subspace iteration is the fp32 row here. Another seed of that row says how much a difference
+means. Every row leaves a file in results/ beside this file;
 what is there is not run again, and two processes may share the rows (--rows). `table.py` writes the table from these files.
 """
 
@@ -27,9 +28,9 @@ RESULTS = HERE / "results"
 RECIPE = HERE.parents[1] / "recipes" / "cpu_9m.yaml"
 
 LR, DENSE_LR = 0.003, 0.01  # the search of reproductions/first_run
+FP32 = HERE.parent / "first_run" / "results" / f"final_galore_subspace_{LR}_{DENSE_LR}.json"
 
 ROWS: dict[str, dict[str, dict[str, Any]]] = {  # what differs from the recipe, by section
-    "fp32": {},
     "fp32_other_seed": {"run": {"seed": 2}},
     "bf16": {"optim": {"state_dtype": "bfloat16"}},
     "int8": {"optim": {"state_dtype": "int8"}},

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
+
+from run import FP32, RECIPE
+
+from subspan.memory import count_memory
+from subspan.training.config import load_config
+from subspan.training.models import build_model
+from subspan.training.trainer import build_optimizer
 
 HERE = Path(__file__).parent
 NAMES = {
-    "fp32": "GaLore, fp32 state",
+    "fp32": "GaLore, fp32 state (first_run's)",
     "fp32_other_seed": "the same, another seed",
     "bf16": "bf16 state",
     "int8": "8-bit state (`galore8bit`)",
@@ -20,11 +28,19 @@ NAMES = {
 }
 
 
+def sizes_of_fp32() -> dict[str, int]:
+    """Bytes, which the file of the fp32 row does not have: counted on the meta device."""
+    config = load_config(RECIPE)
+    model = build_model(
+        config.model.name, vocab_size=config.data.vocab_size, seq_len=config.data.seq_len, device="meta"
+    )
+    return asdict(count_memory(model, build_optimizer(model, config)))
+
+
 def table() -> str:
     results = {path.stem: json.loads(path.read_text()) for path in (HERE / "results").glob("*.json")}
-    if "fp32" not in results:
-        return ""
-    base = results["fp32"]
+    base = json.loads(FP32.read_text())
+    results["fp32"] = base | {"bytes": sizes_of_fp32()}
     lines = [
         "| row | validation loss | against fp32 | perplexity | weights | basis | moments |",
         "|---|---|---|---|---|---|---|",

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from subspan.optim.backward import Backward, Gradients, norm_of
+from subspan.optim.books import Bits
 from subspan.optim.groups import as_matrix, check_group, check_whole, matrix_shape
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.projectors import (
@@ -38,7 +39,7 @@ from subspan.optim.projectors import (
     project,
     random_basis,
 )
-from subspan.optim.quant import Bits, Store, init_basis, read_basis, write_basis
+from subspan.optim.quant import Store, init_basis, read_basis, write_basis
 from subspan.optim.rules import Adam, Rule
 from subspan.optim.update import update_weight, works_by_parts
 
@@ -104,6 +105,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         basis_dtype: dtype of the basis, torch.int4 for packed codes; None: the parameter's.
         stochastic_rounding: round updates of bf16 weights at random, so that small ones add up instead of being lost: the mean of
             the rounded weight is the exact one. fp32 weights are exact without; INT8 weights (int8.py) are always rounded so.
+        compile: make one pass over memory of a rule and its moments with torch.compile, for Adam, Lion, SGDMomentum and rules
+            like them; the first step then takes longer. Eager, after a warning, where there is no compiler.
         mask_null: count rows of R that hold only rounding noise as zero (`mask_null_directions`).
 
     State is tensors only and exists from construction: `step` and `refreshes` (0-d, CPU), `basis` (d, r), the rule's; what is in
@@ -132,6 +135,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         basis_dtype: torch.dtype | None = None,
         mask_null: bool = True,
         stochastic_rounding: bool = False,
+        compile: bool = False,
     ) -> None:
         rule = Adam() if rule is None else rule
         dense_rule = rule if dense_rule is None else dense_rule
@@ -140,6 +144,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             if state_dtype in LOW_BITS and not works_by_parts(dense_rule) and dense_rule is not rule:
                 dense_state_dtype = torch.float32
         _check_dtypes(state_dtype, rule, dense_state_dtype, dense_rule, basis_dtype)
+        for r in (rule, dense_rule):
+            if compile and type(r).__hash__ is None:
+                raise ValueError(
+                    f"compile=True tells rules apart by their hash, which {type(r).__name__} lacks: make it a frozen dataclass"
+                )
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={max_grad_norm!r} must be positive: use None for no clipping")
         if gradients not in get_args(Gradients):
@@ -162,6 +171,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self.basis_dtype = basis_dtype
         self.mask_null = mask_null
         self.stochastic_rounding = stochastic_rounding
+        self.compile = compile
         self.grad_norm: Tensor = torch.zeros(())
         self.refresh_seconds = 0.0
         self.prepared: list[Prepared] | None = None
@@ -335,7 +345,20 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             W = as_matrix(p, group)
             side, Q = pick_side(W.shape, group["proj_type"]), self.basis(p, p.dtype)
             size *= group["scale"]
-        update_weight(W, R, state, rule, store, side=side, Q=Q, size=size, keep=keep, use=use, generator=generator)
+        update_weight(
+            W,
+            R,
+            state,
+            rule,
+            store,
+            side=side,
+            Q=Q,
+            size=size,
+            keep=keep,
+            use=use,
+            generator=generator,
+            compiled=self.compile,
+        )
 
     def _low_rank_gradients(self, refresh: bool = True) -> Iterator[Prepared]:
         """(group, p, R, norm of R) of every parameter with a gradient, each as it is asked for."""

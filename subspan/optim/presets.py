@@ -2,7 +2,7 @@
 
 All take parameter groups (`param_groups(model, rank=...)`), the learning rate and `ProjectedOptimizer`'s own keywords
 (dense_rule, projector, refresh, gradients, weight_decay, max_grad_norm, state_dtype, dense_state_dtype, basis_dtype,
-stochastic_rounding).
+stochastic_rounding, compile).
 """
 
 from __future__ import annotations

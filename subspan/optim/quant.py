@@ -5,34 +5,20 @@ number of the nearest entry of a sorted code book in [-1, 1] (block-wise quantiz
 
     scale = max_block |X|,      code = argmin_c |book[c] - X / scale|,      X ~ book[code] scale
 
-Code books (`code_book`), all fp32:
-
-    8 bits             dynamic tree quantization of arXiv 2110.02861: the books of bitsandbytes, and its codes except that an
-                       unsigned value above 0 is never stored as 0
-    4 bits, signed     0, and 7 negative and 8 positive values evenly spaced in the logarithm from 10^-1.75 to 1
-    4 bits, unsigned   16 values evenly spaced in the logarithm from 10^-4 to 1, no 0
-    4 bits, basis      16 values with the least mean squared error for a Gaussian over its block's largest (Lloyd-Max)
-
-The zero of a second moment v is a trap (the zero-point problem of arXiv 2309.01507): a v that is small beside its block becomes
-0, and the step m / (sqrt(v) + eps) grows by orders of magnitude. Raised to the smallest code it makes the step smaller instead.
-
-The 4-bit books were chosen by measurement (docs/LOG.md): a block of a low-rank moment mixes strong and weak directions, so its
-values span four decades and more, and an even book has most of them at its lowest entry. A basis has no such spread.
-
-Nothing here waits for the device, and torch.compile takes each function as one graph.
+The books are in books.py. Nothing here waits for the device, and torch.compile takes each function as one graph.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-Bits = Literal[4, 8]
+from subspan.optim.books import Bits, bits_of, book_name, nearest_codes, values_of
+
 State = dict[str, Tensor]
 
 BLOCK_SIZE: dict[int, int] = {8: 256, 4: 128}
@@ -46,94 +32,6 @@ MIN_ELEMENTS = 4096
 
 BASIS_BLOCK = 128
 """Values to a scale of a 4-bit basis, along the rank."""
-
-BASIS_BOOK = (0.0445, 0.1347, 0.2281, 0.3272, 0.4365, 0.5612, 0.7145, 0.9249)
-"""Positive half of the basis's code book: Lloyd-Max for x / max |x| over blocks of 128 Gaussians. A random basis then has a
-relative error of 0.092; 16 even steps from smallest to largest (Q-GaLore, arXiv 2407.08296) leave 0.100 and need two scales."""
-
-
-# --------------------------------------------------------------------------------------------------- code books
-
-
-def code_book(bits: Bits, signed: bool) -> Tensor:
-    """The values that codes 0, 1, ... stand for: (2^bits,) fp32, CPU, ascending, the largest 1."""
-    return _book(_name(bits, signed))
-
-
-def _name(bits: int, signed: bool) -> str:
-    # Comparisons: torch.compile makes a symbol of an int that it has seen change, and a string has no room for one.
-    return ("8" if bits == 8 else "4") + (" signed" if signed else " unsigned")
-
-
-def _bits(name: str) -> int:
-    return 8 if name.startswith("8") else 4
-
-
-def _book(name: str) -> Tensor:
-    if name == "basis":
-        positive = torch.tensor(BASIS_BOOK, dtype=torch.float32, device="cpu")
-        return torch.cat((-positive.flip(0), positive))
-    if name == "4 signed":
-        negative, positive = _log_book(-1.75, 7), _log_book(-1.75, 8)
-        return torch.cat((-negative.flip(0), negative.new_zeros(1), positive))
-    return _log_book(-4.0, 16) if name == "4 unsigned" else _dynamic_book(signed=name == "8 signed")
-
-
-def _dynamic_book(signed: bool) -> Tensor:
-    """0, 1, and for each decade (10^(i-7), 10^(i-6)], i = 0..6, the midpoints of 2^i (signed) or 2^(i+1) equal cells of
-    its upper nine tenths: small values keep their exponent, large ones their digits (arXiv 2110.02861, section 1.3)."""
-    parts = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
-    for i in range(7):
-        cells = 2 ** (i if signed else i + 1)
-        edges = torch.linspace(0.1, 1.0, cells + 1, dtype=torch.float32, device="cpu")
-        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
-        parts += [middles, -middles] if signed else [middles]
-    return torch.cat(parts).sort().values
-
-
-def _log_book(lowest: float, count: int) -> Tensor:
-    """10^lowest, ..., 1: `count` values of constant ratio."""
-    exponents = torch.linspace(lowest, 0.0, count, dtype=torch.float64, device="cpu")
-    return (10.0**exponents).float()
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """A code book made ready for look-up, on one device.
-
-    values: (256,) fp32, or (256, 2) of a 4-bit book: what one byte decodes to.
-    first: (65536,) int32. fp32 numbers that agree in their upper 16 bits lie within 2^-7 of each other, so that at most
-        one of them borders on the next code. `first` is the code of the lowest of them, and
-    limit: (65536,) fp32, the largest number that still has it.
-    """
-
-    values: Tensor
-    first: Tensor
-    limit: Tensor
-
-
-@functools.cache
-def _build_tables(name: str, device: torch.device) -> _Tables:
-    book = _book(name)
-    middles = (book[:-1].double() + book[1:].double()) / 2
-    limits = middles.float()
-    # Rounded down: of the numbers that fp32 has, those above are then nearer to the upper code, none is misjudged.
-    limits = torch.where(limits > middles, limits.nextafter(limits - 1), limits)
-    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cpu") << 16
-    lowest = torch.stack((upper, upper | 0xFFFF)).view(torch.float32).amin(0)  # negative numbers descend
-    first = torch.bucketize(lowest, limits, out_int32=True)
-    limit = torch.cat((limits, limits.new_full((1,), torch.inf)))[first]
-    byte = torch.arange(256, device="cpu")
-    values = book if _bits(name) == 8 else book[torch.stack((byte & 15, byte >> 4), -1)]
-    return _Tables(values.to(device), first.to(device), limit.to(device))
-
-
-def _tables(name: str, device: torch.device) -> _Tables:
-    return _build_tables(name, device)
-
-
-# What torch.compiler.assume_constant_result does: that decorator would import all of torch.compile with the library.
-_tables._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------------------------- quantize, dequantize
@@ -159,7 +57,7 @@ def quantize(X: Tensor, bits: Bits, signed: bool, block_size: int) -> tuple[Tens
     *rest, n = X.shape
     codes = X.new_empty((*rest, -(-n * bits // 8)), dtype=torch.uint8)
     scale = X.new_empty((*rest, -(-n // _block(block_size, n))), dtype=torch.float32)
-    _quantize_into(codes, scale, X, _name(bits, signed), block_size)
+    _quantize_into(codes, scale, X, book_name(bits, signed), block_size)
     return codes, scale
 
 
@@ -175,16 +73,15 @@ def dequantize(codes: Tensor, scale: Tensor, bits: Bits, signed: bool, block_siz
             f"{tuple(scale.shape)}: pass what quantize() was given"
         )
     X = scale.new_empty((*codes.shape[:-1], n))
-    _dequantize_into(X, codes, scale, _name(bits, signed), block_size)
+    _dequantize_into(X, codes, scale, book_name(bits, signed), block_size)
     return X
 
 
 def _dequantize_into(X: Tensor, codes: Tensor, scale: Tensor, name: str, block_size: int) -> None:
     n = X.shape[-1]
     b = _block(block_size, n)
-    values = _tables(name, codes.device).values
     for x, c, s in _row_blocks(X, codes, scale):
-        decoded = values.index_select(0, c.flatten().int()).view(*c.shape[:-1], -1)[..., :n]
+        decoded = values_of(c, name)[..., :n]
         x.copy_((_blocks(decoded, b) * s.unsqueeze(-1)).flatten(-2)[..., :n])
 
 
@@ -198,23 +95,15 @@ def _quantize_into(
         blocks = _blocks(x.float().contiguous(), b)
         absmax = blocks.abs().amax(-1)
         safe = torch.where(absmax > 0, absmax, 1.0)  # of a block of zeros, and of one with a nan
-        nearest = _nearest(blocks / safe.unsqueeze(-1), _tables(name, X.device))
+        nearest = nearest_codes(blocks / safe.unsqueeze(-1), name)
         if name == "8 unsigned":
             nearest = nearest.maximum((blocks > 0).int())  # code 0 is the value 0
         nearest = nearest.flatten(-2)[..., :n]
-        if _bits(name) == 4:
+        if bits_of(name) == 4:
             nearest = _pad(nearest, 2)
             nearest = nearest[..., ::2] + 16 * nearest[..., 1::2]
         c.copy_(nearest if use is None else torch.where(use, nearest, c.int()))
         s.copy_(absmax if use is None else torch.where(use, absmax, s))
-
-
-def _nearest(Z: Tensor, tables: _Tables) -> Tensor:
-    """Codes of Z, of any shape, contiguous fp32 in [-1, 1]: int32. Two look-ups by the upper half of Z's bits and one
-    comparison, ten times as fast on a CPU as torch.bucketize, whose binary search a processor cannot predict."""
-    cells = (Z.view(torch.int32) >> 16).add_(2**15).flatten()
-    codes = tables.first.index_select(0, cells)
-    return codes.add_(Z.flatten() > tables.limit.index_select(0, cells)).view(Z.shape)
 
 
 def _blocks(X: Tensor, b: int) -> Tensor:
@@ -356,7 +245,7 @@ class Store:
         assert self.bits is not None
         X = value.mT if self.transposed else value
         codes, scale = state[f"{name}.codes"], state[f"{name}.scale"]
-        _quantize_into(codes, scale, X, _name(self.bits, SIGNED[name]), BLOCK_SIZE[self.bits], use)
+        _quantize_into(codes, scale, X, book_name(self.bits, SIGNED[name]), BLOCK_SIZE[self.bits], use)
 
     def load(self, state: State, shape: Sequence[int]) -> State:
         """All of `state` as a rule wants it: moments in codes read as fp32, everything else as it is."""

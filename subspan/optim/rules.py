@@ -29,16 +29,19 @@ class Rule(Protocol):
     A rule with a class attribute `elementwise = True` says that what happens at one place of R depends on R and the state at
     that place alone. The optimizer then goes through a parameter part by part, with temporaries of a part, and can keep
     moments in 8 or 4 bits.
+
+    A rule may have a method `at(step, dtype)`, whose result `update` then gets for `step`: what depends on the step alone, in the
+    dtype of the arithmetic, computed once for all parts. (Compiled with the rest, it would be computed for every element.)
     """
 
     def init(self, R: Tensor) -> State:
         """The state for a gradient like R: zeros, in R's dtype and on R's device (the meta device included)."""
         ...
 
-    def update(self, R: Tensor, state: State, step: Tensor, use: Tensor | None = None) -> Tensor:
+    def update(self, R: Tensor, state: State, step: Any, use: Tensor | None = None) -> Tensor:
         """The direction U, of R's shape, fp32; changes `state` in place, leaves R alone.
 
-        `step`: 0-d float tensor, 1 at the first update. The weight then moves by -lr * U.
+        `step`: 0-d float tensor, 1 at the first update, or what `at` made of it. The weight then moves by -lr * U.
         `use`: 0-d bool tensor on R's device. If it is False, `state` stays as it is and U means nothing: a gradient is left out
         without the host knowing. R is zero then.
         """
@@ -68,7 +71,14 @@ class Adam:
     def init(self, R: Tensor) -> State:
         return {"exp_avg": torch.zeros_like(R), "exp_avg_sq": torch.zeros_like(R)}
 
-    def update(self, R: Tensor, state: State, step: Tensor, use: Tensor | None = None) -> Tensor:
+    def at(self, step: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """1 - beta1^t and sqrt(1 - beta2^t)."""
+        t = step.double()  # in fp32, 1 - 0.999 would carry an error of 6e-5
+        return (1 - self.betas[0] ** t).to(dtype), (1 - self.betas[1] ** t).sqrt().to(dtype)
+
+    def update(
+        self, R: Tensor, state: State, step: Tensor | tuple[Tensor, Tensor], use: Tensor | None = None
+    ) -> Tensor:
         beta1, beta2 = self.betas
         R = _compute(R)
         m, v = state["exp_avg"].to(R.dtype), state["exp_avg_sq"].to(R.dtype)
@@ -79,8 +89,7 @@ class Adam:
         state["exp_avg_sq"].copy_(v)
         if not self.bias_correction:
             return m / v.sqrt().add_(self.eps)
-        t = step.double()  # in fp32, 1 - 0.999 would carry an error of 6e-5
-        correction1, correction2 = 1 - beta1**t, (1 - beta2**t).sqrt()
+        correction1, correction2 = step if isinstance(step, tuple) else self.at(step, R.dtype)
         if self.uncorrected_eps:
             return (m / v.sqrt().add_(self.eps)).mul_(correction2 / correction1)
         return (m / (v.sqrt() / correction2).add_(self.eps)).div_(correction1)

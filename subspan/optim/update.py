@@ -4,9 +4,7 @@ A part is some columns of R (r, k), and so of orient(W) (d, k), or some rows of 
 where products of that size run as fast as one of the whole matrix, and 2^22 elsewhere, where each part costs launches. For
 every part:
 
-    moments = store.load(...)         fp32, whatever they are stored in
-    U = rule.update(R, moments)       (r, c)
-    store.save(...)
+    U = sweep(R, moments)             (r, c), sweep.py
     W <- keep W - size orient(Q U)    in W's own dtype by one in-place product, or in fp32 and rounded at random
 
 Rules that need all of R at once (Adafactor) get all of it; then only the last line goes by parts.
@@ -23,6 +21,7 @@ from subspan.optim.int8 import Int8Weight
 from subspan.optim.projectors import Side, orient, project_back
 from subspan.optim.quant import State, Store, stochastic_round
 from subspan.optim.rules import Rule
+from subspan.optim.sweep import compiled_sweep, sweep
 
 
 def update_weight(
@@ -38,6 +37,7 @@ def update_weight(
     keep: float,
     use: Tensor | None = None,
     generator: torch.Generator | None = None,
+    compiled: bool = False,
 ) -> None:
     """W <- keep W - size orient(Q rule(R)), or keep W - size rule(R) for a dense W; `state` is brought forward by one step.
 
@@ -45,6 +45,7 @@ def update_weight(
     R: low-rank gradient (..., r, k), with basis Q (..., d, r) of W's dtype on `side`; of a dense W (side, Q None) its gradient.
     use: 0-d bool tensor on W's device. If it is False, and R zero, W and the moments stay as they are.
     generator: of the random bits with which bf16 and INT8 weights are rounded; None: bf16 is rounded to nearest.
+    compiled: sweep in one pass, made by torch.compile, where the rule works by parts.
     """
     step = state["step"]
     if not works_by_parts(rule) or R.ndim == 0:
@@ -53,14 +54,13 @@ def update_weight(
         for start, length in _parts(U, W, side):
             _move(W, U.narrow(_dim(side, U), start, length), start, side, Q, size, keep, use, generator)
         return
+    at = rule.at(step, torch.promote_types(R.dtype, torch.float32)) if hasattr(rule, "at") else step
     for start, length in _parts(R, W, side):
         part = store.part(state, start, length)
         r = R.narrow(_dim(side, R), start, length)
         if store.bits is not None and side is not None:
             r = r.mT.contiguous().mT  # as the codes lie
-        moments = store.load(part, r.shape)
-        U = rule.update(r, moments, step, use)
-        store.save(part, moments, use)
+        U = (compiled_sweep if compiled else sweep)(rule, store, r, part, at, use)
         _move(W, U, start, side, Q, size, keep, use, generator)
 
 

@@ -83,6 +83,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         weight_decay=optim.weight_decay,
         refresh=Refresh(seed=config.run.seed),
         gradients=optim.gradients,
+        compile=optim.compile,
         **{key: value for key, value in given.items() if value is not None},
     )
 

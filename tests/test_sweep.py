@@ -1,0 +1,147 @@
+"""A compiled sweep steps as an eager one does, needs few graphs, and is done without where there is no compiler."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import subspan
+from subspan.optim import quant, sweep
+
+RULES = [subspan.Adam(), subspan.Lion(), subspan.SGDMomentum(nesterov=True), subspan.SGDMomentum(momentum=0.0)]
+# Rank 8 makes rows of one block; rank 24 and blocks of 16 a short last one.
+SHAPES = {
+    "tall": (80, 48),
+    "wide": (48, 80),
+    "dense": (64, 48),
+    "ragged": (40, 24),
+    "batch": (3, 24, 40),
+    "vector": (50,),
+    "0-d": (),
+}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What is compiled, each graph as it is handed to a backend that runs it as it is."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(sweep, "_backend", backend)
+    monkeypatch.setattr(sweep, "_works", True)
+    torch._dynamo.reset()
+    sweep._compile.cache_clear()
+    yield seen
+    torch._dynamo.reset()
+    sweep._compile.cache_clear()
+
+
+def drawn(shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make(shape, kind="", rank=8, **options):
+    p = nn.Parameter(drawn(shape))
+    group = {"params": [p], "weight_decay": 0.1}
+    if len(shape) > 1 and kind != "dense":
+        group |= {
+            "rank": 24 if kind == "ragged" else rank,
+            "update_proj_gap": 2,
+            "view": "batch" if len(shape) == 3 else "matrix",
+        }
+    return p, subspan.ProjectedOptimizer([group], 0.01, **options)
+
+
+def trained(shape, kind="", steps=3, **options):
+    p, optimizer = make(shape, kind, **options)
+    for step in range(steps):
+        p.grad = drawn(shape, step + 1)
+        optimizer.param_groups[0]["lr"] *= 0.9
+        optimizer.step()
+    return p, optimizer
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.int8, torch.int4], ids=str)
+def test_the_same_step(monkeypatch, graphs, kind, rule, state_dtype):
+    monkeypatch.setattr(quant, "MIN_ELEMENTS", 0)
+    monkeypatch.setitem(quant.BLOCK_SIZE, 8, 16)
+    eager, expected = trained(SHAPES[kind], kind, rule=rule, state_dtype=state_dtype)
+    assert not graphs
+    compiled, optimizer = trained(SHAPES[kind], kind, rule=rule, state_dtype=state_dtype, compile=True)
+    assert bool(graphs) == (kind != "0-d")
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+    for key, value in expected.state[eager].items():
+        torch.testing.assert_close(optimizer.state[compiled][key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.int8], ids=str)
+def test_few_graphs(graphs, state_dtype):
+    """Shapes, learning rates and steps differ; what is compiled does not."""
+    shapes = [(96, 64), (64, 160), (128, 64), (64, 64), (224, 64), (64, 96)]
+    for shape in shapes:
+        trained(shape, rank=64, state_dtype=state_dtype, compile=True)
+    assert 1 <= len(graphs) <= 2  # fp32: the first is of one shape, the second of all
+
+
+def test_left_out_gradients(graphs):
+    """`use`, with which update mode leaves out a gradient that is not finite, works compiled as well."""
+    p, optimizer = make((96, 64), rank=64, state_dtype=torch.int8, gradients="update", compile=True)
+    before = {key: value.clone() for key, value in optimizer.state[p].items() if key != "step"}
+    weight = p.detach().clone()
+    (p * torch.nan).sum().backward()
+    optimizer.step()
+    assert p.equal(weight)
+    assert all(optimizer.state[p][key].equal(value) for key, value in before.items())
+    (p * drawn(p.shape)).sum().backward()
+    optimizer.step()
+    assert not p.equal(weight)
+    assert graphs
+
+
+def test_no_compiler(monkeypatch, graphs):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler found")
+
+    eager, _ = trained((96, 64), state_dtype=torch.int8)
+    monkeypatch.setattr(sweep, "_backend", broken)
+    with pytest.warns(UserWarning, match="taken eagerly, and slower.*no compiler found"):
+        p, _ = trained((96, 64), state_dtype=torch.int8, steps=3, compile=True)
+    assert p.equal(eager)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        trained((48, 64), compile=True)
+
+
+def test_a_rule_without_a_hash_is_refused():
+    @dataclass
+    class Own:
+        elementwise = True
+
+    p = nn.Parameter(torch.ones(3, 3))
+    with pytest.raises(ValueError, match=r"compile=True.*which Own lacks: make it a frozen dataclass"):
+        subspan.ProjectedOptimizer([p], rule=Own(), compile=True)
+
+
+def test_inductor():
+    """The real one, on the case it is for."""
+    torch._dynamo.reset()
+    sweep._compile.cache_clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*taken eagerly")
+        compiled, optimizer = trained((256, 320), rank=64, state_dtype=torch.int8, compile=True)
+    eager, expected = trained((256, 320), rank=64, state_dtype=torch.int8)
+    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
+    for name in ("exp_avg", "exp_avg_sq"):
+        key = f"{name}.codes"
+        off = (optimizer.state[compiled][key].int() - expected.state[eager][key].int()).abs()
+        assert off.max() <= 1  # fused arithmetic rounds once where eager rounds twice
+        assert off.count_nonzero() <= off.numel() // 1000
