@@ -116,9 +116,9 @@ def train(name: str, row: Row, address_space: float) -> None:
     """Build, train, and write what was seen; in a process of its own."""
     resource.setrlimit(resource.RLIMIT_AS, (int(address_space * GIB),) * 2)
     libc = ctypes.CDLL("libc.so.6")
-    # Freed gradients and activations of 8 MiB and more go back to the system at once, instead of becoming holes in the heap;
-    # the optimizer's parts, 1 to 4 MiB, stay there: mapping their pages anew each time took as long as the arithmetic.
-    libc.mallopt(M_MMAP_THRESHOLD, 2**23)
+    # Freed gradients and activations of 2 MiB and more go back to the system at once, instead of becoming holes in the heap;
+    # most of the optimizer's parts, 1 MiB, stay there: mapping their pages anew each time took as long as the arithmetic.
+    libc.mallopt(M_MMAP_THRESHOLD, 2**21)
     libc.mallopt(M_TRIM_THRESHOLD, 2**25)
 
     from subspan.memory import count_memory
