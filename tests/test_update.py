@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -67,6 +71,24 @@ def test_temporaries_are_those_of_a_part(dense, option):
     assert p.count_nonzero()
     # 256 KiB x 4 bytes; of a projected weight, (d, c) beside R's (r, c) is four times as much
     assert seen.bytes <= 2**20 * (4 if not dense else 1) + 2**16
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from Linux's /proc")
+def test_a_norm_leaves_no_holes_in_the_heap():
+    """In a process of its own, whose heap has no holes yet. 64 parts of 1 MiB once each left their place in it unusable."""
+    code = """
+import torch
+from pathlib import Path
+from subspan.optim.backward import norm_of
+X = torch.ones(2**12, 2**12, dtype=torch.bfloat16)
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+norm_of(X[:64])
+before = resident()
+assert norm_of(X) == 2**12
+print(resident() - before)
+"""
+    grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(grown) < 2**24
 
 
 class LargestResult(TorchDispatchMode):
