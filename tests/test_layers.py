@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "subspan"
 
 LAYERS = {
     "extras": 0,
+    "optim.books": 0,
     "optim.int8": 1,
     "optim.projectors": 1,
     "optim.quant": 1,
@@ -19,6 +20,7 @@ LAYERS = {
     "optim.groups": 2,
     "optim.optimizer": 2,
     "optim.presets": 2,
+    "optim.sweep": 2,
     "optim.update": 2,
     "live": 1,
     "memory": 3,
@@ -40,8 +42,8 @@ LAYERS = {
     "report": 5,
 }
 # Presets are the optimizer with a rule; the optimizer reads groups and owns its hooks, which know its type, and both go through
-# weights by update's parts; data and corpus,
-# trainer, text and resume are one module each, cut for length; a checkpoint asks memory whether a copy fits.
+# weights by update's parts, which sweep does the arithmetic of; data and corpus, trainer,
+# text and resume are one module each, cut for length; a checkpoint asks memory whether a copy fits.
 SIBLINGS = {
     ("optim.presets", "optim.optimizer"),
     ("optim.optimizer", "optim.groups"),
@@ -49,6 +51,7 @@ SIBLINGS = {
     ("optim.backward", "optim.optimizer"),
     ("optim.backward", "optim.groups"),
     ("optim.optimizer", "optim.update"),
+    ("optim.update", "optim.sweep"),
     ("optim.backward", "optim.update"),
     ("training.checkpoint", "memory"),
     ("training.data", "training.corpus"),
@@ -59,10 +62,12 @@ SIBLINGS = {
     ("training.trainer", "training.resume"),
 }
 TORCH_ALONE = {
+    "optim.books",
     "optim.int8",
     "optim.projectors",
     "optim.quant",
     "optim.rules",
+    "optim.sweep",
     "optim.backward",
     "optim.groups",
     "optim.optimizer",
