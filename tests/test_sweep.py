@@ -92,6 +92,15 @@ def test_few_graphs(graphs, state_dtype):
     assert 1 <= len(graphs) <= 2  # fp32: the first is of one shape, the second of all
 
 
+def test_more_kinds_than_torch_allows_graphs_for_one_function(monkeypatch, graphs):
+    monkeypatch.setattr(quant, "MIN_ELEMENTS", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rank in range(2, 12):
+            trained((32, 48), rank=rank, steps=1, rule=subspan.Lion(), state_dtype=torch.int8, compile=True)
+    assert len(graphs) == 10
+
+
 def test_left_out_gradients(graphs):
     """`use`, with which update mode leaves out a gradient that is not finite, works compiled as well."""
     p, optimizer = make((96, 64), rank=64, state_dtype=torch.int8, gradients="update", compile=True)

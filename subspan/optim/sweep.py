@@ -38,17 +38,18 @@ def sweep(rule: Rule, store: Store, R: Tensor, state: State, step: Any, use: Ten
 def compiled_sweep(rule: Rule, store: Store, R: Tensor, state: State, step: Any, use: Tensor | None = None) -> Tensor:
     """`sweep` in one pass. Equal up to the rounding of fused arithmetic, which may move a code to its neighbour.
 
-    Eager, and said once, where torch.compile finds no compiler; eager for scalars and for parts whose codes do not lie in one
-    piece (of a batch of matrices).
+    Eager, and said once, where torch.compile finds no compiler; eager for scalars, for parts whose codes do not lie in one piece
+    (of a batch of matrices), and for rules that keep some moments in codes and some not.
     """
     global _works
     moments = {key: X for key, X in state.items() if key not in OWN}
     coded = any(key.endswith(".codes") for key in moments)
-    if not _works or R.ndim == 0 or (coded and not all(X.is_contiguous() for X in moments.values())):
+    in_one_piece = all(key.endswith((".codes", ".scale")) and X.is_contiguous() for key, X in moments.items())
+    if not _works or R.ndim == 0 or (coded and not in_one_piece):
         return sweep(rule, store, R, state, step, use)
     turned = coded and store.transposed
     X = (R.mT if turned else R).contiguous() if coded else R
-    shape = X.shape
+    shape, b = X.shape, None
     if coded:
         n, block = shape[-1], BLOCK_SIZE[store.bits]  # type: ignore[index]
         b = block if n % block == 0 else n
@@ -56,7 +57,7 @@ def compiled_sweep(rule: Rule, store: Store, R: Tensor, state: State, step: Any,
         for Y in (X, *moments.values()):
             torch._dynamo.maybe_mark_dynamic(Y, 0)
     try:
-        U: Tensor = _compile(cast("Hashable", rule), replace(store, transposed=False), not coded)(X, moments, step, use)
+        U: Tensor = _compile(cast("Hashable", rule), replace(store, transposed=False), b)(X, moments, step, use)
     except torch._dynamo.exc.TorchDynamoException as error:
         _works = False
         reason = " ".join(str(error).split("\n\n")[0].split())
@@ -73,9 +74,14 @@ _backend = "inductor"
 
 
 @functools.cache
-def _compile(rule: Rule, store: Store, dynamic: bool) -> Callable[..., Tensor]:
+def _compile(rule: Rule, store: Store, b: int | None) -> Callable[..., Tensor]:
+    """A compiled function of its own for each block length b; one for all that is not in codes."""
+
     def one_pass(R: Tensor, state: State, step: Any, use: Tensor | None) -> Tensor:
         return sweep(rule, store, R, state, step, use)
 
-    compiled: Callable[..., Tensor] = torch.compile(one_pass, fullgraph=True, dynamic=dynamic or None, backend=_backend)
+    # torch allows eight graphs for each code object, and the code of all these functions is one object but for this line.
+    one_pass.__code__ = one_pass.__code__.replace()
+    dynamic = True if b is None else None
+    compiled: Callable[..., Tensor] = torch.compile(one_pass, fullgraph=True, dynamic=dynamic, backend=_backend)
     return compiled
