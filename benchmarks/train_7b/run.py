@@ -54,8 +54,8 @@ ROWS = {
     "a": Row(),
     "a_plain": Row(checkpointing=False, steps=3),
     "b": Row(gradients="project", micro_batches=8, rank=896, steps=2),  # 1024 would need 22.4 GiB before any leftovers
-    "c": Row(preset="qgalore", steps=3),
-    "d": Row(preset="qgalore", proj_type="reverse_std", steps=2, overrides=WIDE | {"num_hidden_layers": 40}),
+    "c": Row(preset="qgalore", steps=2),
+    "d": Row(preset="qgalore", proj_type="reverse_std", steps=1, overrides=WIDE | {"num_hidden_layers": 40}),
 }
 
 LR, SCALE = 0.002, 0.25
