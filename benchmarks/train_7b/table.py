@@ -71,7 +71,7 @@ def time_table(results: dict[str, dict]) -> str:
         cells = [
             name,
             len(steps),
-            f"{steps[0]['loss']:.2f} to {steps[-1]['loss']:.2f}",
+            " to ".join(f"{step['loss']:.2f}" for step in ([steps[0], steps[-1]] if len(steps) > 1 else steps)),
             f"{median(step['seconds'] for step in steps):.0f}",
             part("forward"),
             part("backward"),
