@@ -65,7 +65,7 @@ def measure(method: str, gradients: str, sweep: str, queue: Any) -> None:
     """Build, train, and report peak resident bytes above those of the imports, seconds of each step and of its optimizer."""
     resource.setrlimit(resource.RLIMIT_AS, (22 * GIB,) * 2)
     libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(M_MMAP_THRESHOLD, 2**23)  # freed blocks of that size go back to the system instead of becoming holes
+    libc.mallopt(M_MMAP_THRESHOLD, 2**21)  # freed blocks of that size go back to the system instead of becoming holes
     libc.mallopt(M_TRIM_THRESHOLD, 2**25)
 
     from subspan.memory import count_memory, peak_memory
@@ -84,12 +84,14 @@ def measure(method: str, gradients: str, sweep: str, queue: Any) -> None:
         begin = time.perf_counter()
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
+        middle = time.perf_counter()
+        libc.malloc_trim(0)  # what activations leave is no optimizer's memory
         before_step = time.perf_counter()
         optimizer.step()
         optimizer.zero_grad()
         end = time.perf_counter()
         losses.append(loss.item())
-        seconds.append(end - begin)
+        seconds.append(middle - begin + end - before_step)
         stepping.append(end - before_step)
     peak, bytes_ = peak_memory() - imported, count_memory(model, optimizer)
     queue.put(
