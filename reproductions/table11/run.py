@@ -29,10 +29,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 TOKENS = 256
 STEPS = 3  # timed; one before them is not
-ROUNDS = (
-    "eager",
-    "compiled",
-)  # the optimizer's sweep. Memory is that of the first: a compiler in the process takes its own
+# The optimizer's sweep. Memory is that of the first round: a compiler in the process takes its own.
+ROUNDS = ("eager", "compiled")
 
 # What differs, and what the paper measured: GB and tokens a second, without and with per-layer updates.
 METHODS: dict[str, dict[str, Any]] = {

@@ -254,10 +254,9 @@ def _round_at_random(X: Tensor, generator: torch.Generator | None) -> Tensor:
 
     |X| < 2^8: then X + u is exact for a whole X and u = 0, 2^-16, ..., 1 - 2^-16, and rounding down leaves X.
     """
+    # One draw of 64 bits for four numbers: torch draws numbers one by one, which took three times as long.
     words = torch.empty(-(-X.numel() // 4), dtype=torch.int64, device=X.device)
-    words.random_(
-        -(2**63), None, generator=generator
-    )  # a third of the time of four numbers, which torch draws one by one
+    words.random_(-(2**63), None, generator=generator)
     noise = words.view(torch.int16)[: X.numel()].view(X.shape)
     return X.add_(noise, alpha=2**-16).add_(0.5).floor_()
 
