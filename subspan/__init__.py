@@ -1,9 +1,10 @@
 """Subspan trains every parameter of a large language model in a fraction of the memory."""
 
 from subspan.optim.groups import describe_groups, param_groups, quantize_weights
-from subspan.optim.optimizer import ProjectedOptimizer, Refresh
+from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.presets import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreLion, GaLoreSGD, QGaLoreAdamW
 from subspan.optim.projectors import SVD, Random, RandomizedSVD, SubspaceIteration
+from subspan.optim.refresh import Refresh
 from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
 
 __version__ = "0.1.0"

@@ -11,6 +11,7 @@ from torch import nn
 import subspan
 from subspan.optim import quant
 from subspan.optim.projectors import effective_rank, orient, pick_side
+from subspan.optim.sweep import OWN
 
 RULES = {
     "adam": subspan.Adam(),
@@ -92,7 +93,7 @@ def test_contract(rule, projector, dtypes, weight):
     d, k = orient(p, pick_side(shape)).shape
     state = optimizer.state[p]
     layout = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
-    moments = {key: value for key, value in layout.items() if key not in ("step", "refreshes") and "basis" not in key}
+    moments = {key: value for key, value in layout.items() if key not in OWN and "basis" not in key}
     state_dtype, basis_dtype = STATES[dtypes]
     if basis_dtype is None:
         assert layout["basis"] == ((d, rank), dtype)

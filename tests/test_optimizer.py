@@ -199,6 +199,80 @@ def test_random_first_basis_and_staggered_refreshes():
     assert history[8] == [2, 1, 1, 1]
 
 
+def gradients_of_rank_four(steps, turn_at=None):
+    """(6, 8) gradients with one left subspace of four dimensions, and from `turn_at` on its complement with two more."""
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(6, 6)).Q
+    for step in range(steps):
+        columns = directions[:, :4] if turn_at is None or step < turn_at else directions[:, 2:]
+        yield columns @ torch.randn(4, 8)
+
+
+def refresh_steps(refresh, feed, save_at=None, **kwargs):
+    """The steps at which a parameter's basis was refreshed; at `save_at` another optimizer takes over its state."""
+    p = nn.Parameter(torch.zeros(6, 8))
+    make = lambda: subspan.GaLoreAdamW([group(p, update_proj_gap=3)], refresh=refresh, **kwargs)  # noqa: E731
+    optimizer, seen = make(), []
+    for step, G in enumerate(feed):
+        if step == save_at:
+            state = optimizer.state_dict()
+            optimizer = make()
+            optimizer.load_state_dict(state)
+        before = int(optimizer.state[p]["refreshes"])
+        (p * G).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if int(optimizer.state[p]["refreshes"]) > before:
+            seen.append(step)
+    return seen
+
+
+@pytest.mark.parametrize("gradients", ["hold", "project"])
+@pytest.mark.parametrize(
+    ("refresh", "turn_at", "expected"),
+    [
+        ({}, None, [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]),
+        ({"adaptive": 0.9}, None, [0, 3, 9, 21]),  # T = 3, then 6, 12, and 24 at most
+        ({"adaptive": 0.9, "max_gap": 6}, None, [0, 3, 9, 15, 21, 27]),
+        ({"adaptive": 0.9, "max_gap": 11}, None, [0, 3, 9, 15, 21, 27]),  # 12 would be too long
+        ({"adaptive": 0.9}, 5, [0, 3, 9, 15, 27]),  # at 9 the overlap is a half; at 15 nothing moves any more
+        ({"adaptive": 0.9, "first": "random"}, None, [0, 3, 9, 21]),  # the random basis is no reason
+    ],
+)
+def test_the_gap_doubles_while_the_subspace_rests(refresh, turn_at, expected, gradients):
+    refresh = subspan.Refresh(**{"first": "gradient", **refresh})
+    assert refresh_steps(refresh, gradients_of_rank_four(30, turn_at), gradients=gradients) == expected
+    for save_at in (1, 4, 10, 22):  # between two refreshes: a resumed run keeps the same steps
+        resumed = refresh_steps(refresh, gradients_of_rank_four(30, turn_at), save_at, gradients=gradients)
+        assert resumed == expected
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan")])
+def test_a_gradient_without_a_basis_leaves_the_refresh_to_the_next(bad):
+    feed = list(gradients_of_rank_four(12))
+    feed[3] = feed[3] * bad
+    assert refresh_steps(subspan.Refresh(first="random"), feed) == [
+        0,
+        4,
+        6,
+        9,
+    ]  # T = 3: later ones come when they would have
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"adaptive": 1.0}, "adaptive=1.0 must be an overlap"),
+        ({"adaptive": -0.1}, "adaptive=-0.1 must be an overlap"),
+        ({"max_gap": 100}, "set adaptive=0.6"),
+        ({"adaptive": 0.5, "max_gap": 0}, "max_gap"),
+    ],
+)
+def test_refresh_refuses_bounds_that_mean_nothing(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        subspan.Refresh(**wrong)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_non_finite_gradients_reach_neither_basis_nor_moments_nor_weights(bad, max_grad_norm):
@@ -316,7 +390,15 @@ def test_state_can_be_planned_on_the_meta_device():
     for first in ("gradient", "random"):
         optimizer = subspan.GaLoreAdamW([group(p, rank=8)], refresh=subspan.Refresh(first=first))
         shapes = {key: tuple(value.shape) for key, value in optimizer.state[p].items()}
-        assert shapes == {"step": (), "refreshes": (), "basis": (32, 8), "exp_avg": (8, 64), "exp_avg_sq": (8, 64)}
+        assert shapes == {
+            "step": (),
+            "refreshes": (),
+            "last_refresh": (),
+            "stretch": (),
+            "basis": (32, 8),
+            "exp_avg": (8, 64),
+            "exp_avg_sq": (8, 64),
+        }
 
 
 def test_a_state_dict_of_another_rank_is_refused_and_loads_nothing():

@@ -15,6 +15,7 @@ from subspan.training import trainer
 from subspan.training.config import TrainConfig, load_config
 from subspan.training.data import PackedDataset
 from subspan.training.evaluation import evaluate
+from subspan.training.profile import PARTS, own_times
 from subspan.training.text import check_vocabulary, load_data
 from subspan.training.trainer import build_optimizer, lr_factor, train
 
@@ -377,3 +378,45 @@ def test_an_existing_run_folder_is_refused_and_untouched(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"--run.out"):
         train(tiny_config(tmp_path))
     assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+# ---------------------------------------------------------------------------------------------------- profile
+
+
+@pytest.mark.parametrize("gradients", ["hold", "project", "update"])
+def test_a_profile_says_where_a_steps_time_goes(tmp_path: Path, capsys: pytest.CaptureFixture, gradients: str) -> None:
+    config = tiny_config(tmp_path, optim={"gradients": gradients}, run={"profile": 6, "steps": 9, "export": False})
+    train(config)
+    profile = json.loads((tmp_path / "run" / "profile.json").read_text())
+    assert len(profile["steps"]) == 6
+    for times in profile["steps"]:
+        assert {"data", "forward", "backward", "project", "rule", "apply", "step"} <= times.keys() <= PARTS.keys()
+        assert all(seconds >= 0 for seconds in times.values())
+    assert any("refresh" in times for times in profile["steps"])  # every 5 steps
+    assert "where a step's time goes" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+
+
+def test_own_times_of_nested_ranges() -> None:
+    """Times without those of the ranges inside, whatever the order they are told in; what is outside of steps does not count."""
+    ranges = [
+        ("forward", 90.0, 99.0),  # an evaluation
+        ("step", 100.0, 200.0),
+        ("forward", 110.0, 130.0),
+        ("backward", 130.0, 180.0),
+        ("project", 140.0, 150.0),
+        ("refresh", 150.0, 175.0),
+        ("project", 160.0, 165.0),
+        ("step", 300.0, 301.0),
+    ]
+    first, second = own_times(reversed(ranges))
+    assert second == {"step": pytest.approx(1e-6)}
+    expected = {"step": 30, "forward": 20, "backward": 15, "project": 15, "refresh": 20}
+    assert first == {name: pytest.approx(micros * 1e-6) for name, micros in expected.items()}
+    assert sum(first.values()) == pytest.approx(100e-6)
+
+
+def test_a_profile_longer_than_the_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run.profile=8 needs 3 steps before .* the run has 10: raise run.steps"):
+        train(tiny_config(tmp_path, run={"profile": 8, "steps": 10}))
+    assert not (tmp_path / "run").exists()

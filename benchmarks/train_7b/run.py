@@ -172,7 +172,7 @@ def train(name: str, row: Row, address_space: float) -> None:
     step = clock("step, rest", optimizer.step)
     for number in range(1, row.steps + 1):
         clock.seconds.clear()
-        refreshes = sum(optimizer._refreshes.values())
+        refreshes = count_refreshes(optimizer)
         begin, total = time.perf_counter(), 0.0
         for batch in batches:
             loss = forward(batch) / row.micro_batches
@@ -185,7 +185,7 @@ def train(name: str, row: Row, address_space: float) -> None:
             "grad_norm": float(optimizer.grad_norm),
             "seconds": time.perf_counter() - begin,
             "split": {key: round(value, 2) for key, value in clock.seconds.items()},
-            "refreshes": sum(optimizer._refreshes.values()) - refreshes,
+            "refreshes": count_refreshes(optimizer) - refreshes,
             "peak": resident("VmHWM"),
             "resident": resident("VmRSS"),
         }
@@ -195,6 +195,10 @@ def train(name: str, row: Row, address_space: float) -> None:
             f"{name}: step {number} loss {total:.4f} {seen['seconds']:.0f} s peak {seen['peak'] / GIB:.2f} GiB {seen['split']}",
             flush=True,
         )
+
+
+def count_refreshes(optimizer: Any) -> int:
+    return int(sum(state["refreshes"] for state in optimizer.state.values() if "refreshes" in state))
 
 
 def save(name: str, result: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from subspan.optim.groups import as_matrix
 from subspan.optim.projectors import orient, pick_side, project
-from subspan.optim.update import parts_of
+from subspan.optim.update import mark, parts_of
 
 if TYPE_CHECKING:
     from subspan.optim.optimizer import ProjectedOptimizer
@@ -80,15 +80,16 @@ class Backward:
         group = optimizer.group_of(p)
         if "rank" not in group or (p not in self.low_rank and optimizer.refresh_due(p)):
             return
-        G = as_matrix(G.contiguous(), group)
-        A = orient(G, pick_side(G.shape, group["proj_type"]))
-        Q = optimizer.basis(p, G.dtype)
-        R = self.low_rank.get(p)
-        if R is None:
-            self.low_rank[p] = project(A, Q)
-        else:
-            (R.addmm_ if R.ndim == 2 else R.baddbmm_)(Q.mT, A)
-        p.grad = None
+        with mark("project"):
+            G = as_matrix(G.contiguous(), group)
+            A = orient(G, pick_side(G.shape, group["proj_type"]))
+            Q = optimizer.basis(p, G.dtype)
+            R = self.low_rank.get(p)
+            if R is None:
+                self.low_rank[p] = project(A, Q)
+            else:
+                (R.addmm_ if R.ndim == 2 else R.baddbmm_)(Q.mT, A)
+            p.grad = None
 
     @torch.no_grad()
     def _update(self, p: Tensor) -> None:

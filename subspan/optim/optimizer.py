@@ -18,15 +18,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from subspan.optim.backward import Backward, Gradients, norm_of
 from subspan.optim.books import Bits
-from subspan.optim.groups import as_matrix, check_group, check_whole, matrix_shape
+from subspan.optim.groups import as_matrix, check_group, matrix_shape
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.projectors import (
     Projector,
@@ -35,13 +35,15 @@ from subspan.optim.projectors import (
     effective_rank,
     mask_null_directions,
     orient,
+    overlap,
     pick_side,
     project,
     random_basis,
 )
 from subspan.optim.quant import Store, init_basis, read_basis, write_basis
+from subspan.optim.refresh import Refresh, Timetable
 from subspan.optim.rules import Adam, Rule
-from subspan.optim.update import update_weight, works_by_parts
+from subspan.optim.update import mark, update_weight, works_by_parts
 
 Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor]
 """A group, a parameter of it, its R (its gradient if it is dense), the norm of R."""
@@ -50,30 +52,6 @@ INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # missing in torch
 
 LOW_BITS: dict[torch.dtype, Bits] = {torch.int8: 8, INT4: 4}
 """State dtypes that name codes: block-wise, with a scale a block (quant.py)."""
-
-
-@dataclass(frozen=True)
-class Refresh:
-    """When bases change: every `update_proj_gap` (T, a group key) steps, and before the first T steps are over as said here.
-
-    first="gradient" (the paper): every basis is found from the gradient of step 0.
-    first="random": bases are seeded random orthonormal at construction, and parameter i of N has its first true refresh at
-        step floor(i S / N), S = `stagger` (None: T), so that no step stalls on all of them, or holds all their gradients.
-    first=None: "gradient" with gradients="hold", else "random".
-    seed: of every random draw of the optimizer; equal on all processes.
-    """
-
-    first: Literal["gradient", "random"] | None = None
-    stagger: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.first not in (None, "gradient", "random"):
-            raise ValueError(f"first={self.first!r} is unknown: use 'gradient' or 'random'")
-        if self.stagger is not None:
-            check_whole("stagger", self.stagger)
-            if self.first == "gradient":
-                raise ValueError("stagger needs a basis before the first refresh: set first='random' or drop stagger")
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
@@ -109,8 +87,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             like them; the first step then takes longer. Eager, after a warning, where there is no compiler.
         mask_null: count rows of R that hold only rounding noise as zero (`mask_null_directions`).
 
-    State is tensors only and exists from construction: `step` and `refreshes` (0-d, CPU), `basis` (d, r), the rule's; what is in
-    codes is two tensors, `exp_avg.codes` (uint8) and `exp_avg.scale` (fp32), (k, r) and (k, ceil(r / block)).
+    State is tensors only and exists from construction: `step` and those of `Timetable` (0-d, CPU), `basis` (d, r), the rule's;
+    what is in codes is two tensors, `exp_avg.codes` (uint8) and `exp_avg.scale` (fp32), (k, r) and (k, ceil(r / block)).
     `grad_norm` is a 0-d tensor, the norm of the last step before clipping; reading it is the caller's host sync, `step()`
     makes none outside refreshes. A gradient that is not finite counts as zero (decided per parameter, with `max_grad_norm`
     over all of them; in `update` its parameter is left out) and is never used for a basis; a loop that would rather skip such a
@@ -175,18 +153,16 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self.grad_norm: Tensor = torch.zeros(())
         self.refresh_seconds = 0.0
         self.prepared: list[Prepared] | None = None
-        # state["step"] and state["refreshes"] as Python ints, so that asking whether a refresh is due costs no host sync
-        self._steps: dict[Tensor, int] = {}
-        self._refreshes: dict[Tensor, int] = {}
+        self._steps: dict[Tensor, int] = {}  # state["step"] as a Python int: asking for it costs no host sync
+        self._timetable = Timetable(self.refresh)
         self._index: dict[Tensor, int] = {}  # position among the projected parameters, for seeds
-        self._offset: dict[Tensor, int] = {}  # step of the first true refresh, for first="random"
         self._group: dict[Tensor, int] = {}  # position of its group in param_groups
         self._position: dict[Tensor, int] = {}  # among all parameters, for the seeds of rounding
         self._backward: Backward | None = None
         self._built = False
         defaults = {"lr": lr, "weight_decay": weight_decay, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
         super().__init__(params, defaults)
-        self._stagger(list(self._index))
+        self._timetable.stagger(list(self._index), self._gap)
         self._hook()
         self._built = True
 
@@ -209,7 +185,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._group[p] = len(self.param_groups) - 1
             self._init_state(group, p)
         if self._built:  # added later: staggered among themselves, those before keep their steps
-            self._stagger([p for p in group["params"] if p in self._index])
+            self._timetable.stagger([p for p in group["params"] if p in self._index], self._gap)
         if self._backward:
             self._backward.attach()
 
@@ -219,14 +195,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if "rank" in group:
             basis_shape, shape = self.shapes(p)
             self._index[p] = len(self._index)
-            self._refreshes[p] = 0
-            state["refreshes"] = torch.zeros((), dtype=torch.float32)
+            state |= self._timetable.add(p)
             if self.basis_dtype in LOW_BITS:
                 state |= init_basis(basis_shape, p.device)
             else:
                 state["basis"] = torch.empty(basis_shape, dtype=self.basis_dtype or p.dtype, device=p.device)
             if self.refresh.first == "random" and not p.is_meta:
-                write_basis(state, random_basis(basis_shape, self._seed(p), p.device))
+                write_basis(state, random_basis(basis_shape, self._seed(p, 0), p.device))
             else:  # orthonormal from the start, although the first step replaces it
                 write_basis(state, torch.eye(*basis_shape[-2:], device=p.device).expand(basis_shape))
         rule, store, dtype = self._memory(group)
@@ -321,8 +296,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         G = as_matrix(p.grad.contiguous(), group)
         side = pick_side(G.shape, group["proj_type"])
         if refresh and self.refresh_due(p):
-            self._refresh_basis(p, G, side)
-        return self._masked(project(orient(G, side), self.basis(p, G.dtype)))
+            with mark("refresh"):
+                self._refresh_basis(p, G, side)
+        with mark("project"):
+            return self._masked(project(orient(G, side), self.basis(p, G.dtype)))
 
     def apply(self, group: dict[str, Any], p: Tensor, R: Tensor, use: Tensor | None = None) -> None:
         """Update p from its low-rank gradient R (r, k), or from its gradient if it is dense.
@@ -400,37 +377,37 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def refresh_due(self, p: Tensor) -> bool:
         """Whether the next step of the projected parameter p finds it a new basis; known to the host."""
-        after: int = self._steps[p] - self.first_refresh(p)
-        # A first gradient of zero (a zero-initialised layer above) finds no basis: then the next one does.
-        if self.refresh.first == "gradient" and self._refreshes[p] == 0:
-            return True
-        return after >= 0 and after % self.group_of(p)["update_proj_gap"] == 0
+        return self._timetable.due(p, self._steps[p], self._gap(p))
 
     def first_refresh(self, p: Tensor) -> int:
-        """The step of p's first refresh; the next ones come every `update_proj_gap` steps."""
-        return 0 if self.refresh.first == "gradient" else self._offset[p]
+        """The step of p's first refresh."""
+        return self._timetable.first(p)
 
-    def _stagger(self, parameters: Sequence[Tensor]) -> None:
-        for i, p in enumerate(parameters):
-            gap = self.group_of(p)["update_proj_gap"]
-            self._offset[p] = i * min(self.refresh.stagger or gap, gap) // len(parameters)
+    def _gap(self, p: Tensor) -> int:
+        gap: int = self.group_of(p)["update_proj_gap"]
+        return gap
 
     def _refresh_basis(self, p: Tensor, G: Tensor, side: Side) -> None:
-        """p's basis <- the projector's basis for G, in place; untouched if G is zero or not finite (looking at it is a sync)."""
+        """p's basis <- the projector's basis for G, in place; untouched, and still due, if G is zero or not finite (looking at it
+        is a sync)."""
         begin = time.perf_counter()
+        state = self.state[p]
         largest = float(torch.linalg.vector_norm(G, ord=math.inf))
         if math.isfinite(largest) and largest > 0:
-            warm = self._refreshes[p] > 0  # a random first basis knows nothing of the gradient
-            self._refreshes[p] += 1
-            self.state[p]["refreshes"].add_(1)
             rank = self.shapes(p)[0][-1]
-            previous = self.basis(p) if warm else None
-            write_basis(self.state[p], self.projector.basis(G, side, rank, previous, self._seed(p)))
+            count = self._timetable.refreshes[p]
+            previous = self.basis(p) if count else None  # a random first basis knows nothing of the gradient
+            new = self.projector.basis(G, side, rank, previous, self._seed(p, count + 1))
+            same = None
+            if previous is not None and self.refresh.adaptive is not None:
+                same = float(overlap(previous, new).mean())
+            write_basis(state, new)
+            self._timetable.found(p, state, self._steps[p], self._gap(p), same)
         self.refresh_seconds += time.perf_counter() - begin
 
-    def _seed(self, p: Tensor) -> int:
+    def _seed(self, p: Tensor, refresh: int) -> int:
         """One seed for each (parameter, refresh), the same on every process and after a resume."""
-        return ((self.refresh.seed * 1_000_003 + self._index[p]) * 1_000_003 + self._refreshes[p]) % 2**63
+        return ((self.refresh.seed * 1_000_003 + self._index[p]) * 1_000_003 + refresh) % 2**63
 
     def _rounding_seed(self, p: Tensor) -> int:
         """One seed for each (parameter, step), apart from those of bases, the same after a resume."""
@@ -483,7 +460,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             for key, value in ours.items():
                 value.copy_(theirs[key])
         self._steps = {p: int(self.state[p]["step"]) for p in own}
-        self._refreshes = {p: int(self.state[p]["refreshes"]) for p in self._index}
+        for p in self._index:
+            self._timetable.load(p, self.state[p])
 
     def _hook(self) -> None:
         if self.gradients != "hold":

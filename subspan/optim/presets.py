@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from subspan.optim.optimizer import ProjectedOptimizer, Refresh
+from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.projectors import SVD
+from subspan.optim.refresh import Refresh
 from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
 
 

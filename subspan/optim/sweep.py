@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from subspan.optim.quant import BLOCK_SIZE, State, Store
+from subspan.optim.refresh import Timetable
 from subspan.optim.rules import Rule
 
-OWN = ("step", "refreshes", "basis", "basis.codes", "basis.scale")
+OWN = ("step", *Timetable.KEYS, "basis", "basis.codes", "basis.scale")
 """State that is the optimizer's: no sweep touches it."""
 
 

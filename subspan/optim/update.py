@@ -16,12 +16,20 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.projectors import Side, orient, project_back
 from subspan.optim.quant import State, Store, stochastic_round
 from subspan.optim.rules import Rule
 from subspan.optim.sweep import compiled_sweep, sweep
+
+PREFIX = "subspan."
+
+
+def mark(name: str) -> record_function:
+    """A range of a profile: `with mark("rule"): ...`."""
+    return record_function(PREFIX + name)
 
 
 def update_weight(
@@ -49,19 +57,23 @@ def update_weight(
     """
     step = state["step"]
     if not works_by_parts(rule) or R.ndim == 0:
-        U = rule.update(R, state, step, use)
+        with mark("rule"):
+            U = rule.update(R, state, step, use)
         U, W = (U, W) if R.ndim else (U.view(1), W.view(1))
         for start, length in _parts(U, W, side):
-            _move(W, U.narrow(_dim(side, U), start, length), start, side, Q, size, keep, use, generator)
+            with mark("apply"):
+                _move(W, U.narrow(_dim(side, U), start, length), start, side, Q, size, keep, use, generator)
         return
     at = rule.at(step, torch.promote_types(R.dtype, torch.float32)) if hasattr(rule, "at") else step
     for start, length in _parts(R, W, side):
-        part = store.part(state, start, length)
-        r = R.narrow(_dim(side, R), start, length)
-        if store.bits is not None and side is not None:
-            r = r.mT.contiguous().mT  # as the codes lie
-        U = (compiled_sweep if compiled else sweep)(rule, store, r, part, at, use)
-        _move(W, U, start, side, Q, size, keep, use, generator)
+        with mark("rule"):
+            part = store.part(state, start, length)
+            r = R.narrow(_dim(side, R), start, length)
+            if store.bits is not None and side is not None:
+                r = r.mT.contiguous().mT  # as the codes lie
+            U = (compiled_sweep if compiled else sweep)(rule, store, r, part, at, use)
+        with mark("apply"):
+            _move(W, U, start, side, Q, size, keep, use, generator)
 
 
 def parts_of(X: Tensor, dim: int, multiple: int = 1) -> Iterator[tuple[int, int]]:

@@ -135,6 +135,10 @@ class OptimConfig:
     """factor on projected updates, the paper's alpha"""
     update_proj_gap: int = 200
     """steps between two refreshes of the subspace, the paper's T"""
+    adaptive_refresh: float | None = None
+    """double a matrix's T when its new and old subspace overlap by more than this, 0 to 1; null: T stays"""
+    max_update_proj_gap: int | None = None
+    """the longest T that doubling reaches; null: 8 times update_proj_gap"""
     proj_type: Literal["std", "reverse_std", "left", "right"] = "std"
     """side of the matrix that is projected: std is the short one"""
     projector: ProjectorName | None = None
@@ -171,6 +175,13 @@ class OptimConfig:
         _check_whole("optim.rank", self.rank, minimum=1)
         _check_number("optim.scale", self.scale)
         _check_whole("optim.update_proj_gap", self.update_proj_gap, minimum=1)
+        _check_number("optim.adaptive_refresh", self.adaptive_refresh, at_least=0, below=1, optional=True)
+        _check_whole("optim.max_update_proj_gap", self.max_update_proj_gap, minimum=1, optional=True)
+        if self.max_update_proj_gap is not None and self.adaptive_refresh is None:
+            raise ValueError(
+                f"optim.max_update_proj_gap={self.max_update_proj_gap} bounds a gap that grows: set optim.adaptive_refresh, "
+                "0.6 say, or drop it"
+            )
         _check_choice("optim.proj_type", self.proj_type, ("std", "reverse_std", "left", "right"))
         _check_choice("optim.projector", self.projector, (None, *get_args(ProjectorName)))
         _check_choice("optim.gradients", self.gradients, get_args(Gradients))
@@ -236,6 +247,8 @@ class RunConfig:
     """write the trained model as a Hugging Face folder"""
     threads: int | None = None
     """CPU threads; null: torch's choice"""
+    profile: int = 0
+    """steps to profile, after the first three: where time goes, as a table, profile.json and trace.json in the run folder"""
 
     def __post_init__(self) -> None:
         _check_whole("run.steps", self.steps, minimum=1)
@@ -249,6 +262,7 @@ class RunConfig:
         _check_whole("run.keep_checkpoints", self.keep_checkpoints, minimum=1)
         _check_whole("run.log_every", self.log_every, minimum=1)
         _check_whole("run.seed", self.seed, minimum=0)
+        _check_whole("run.profile", self.profile, minimum=0)
         _check_whole("run.threads", self.threads, minimum=1, optional=True)
         if not self.out:
             raise ValueError("run.out is empty: name the run folder")

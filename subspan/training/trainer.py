@@ -8,7 +8,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,17 @@ from torch.optim import Optimizer
 from subspan.extras import require
 from subspan.memory import count_memory, peak_memory
 from subspan.optim.groups import describe_groups, param_groups
-from subspan.optim.optimizer import Refresh
 from subspan.optim.presets import FULL_RANK, PRESETS
 from subspan.optim.projectors import SVD, Random, RandomizedSVD, SubspaceIteration
+from subspan.optim.refresh import Refresh
 from subspan.optim.rules import Adafactor, Adam, Lion, Rule, SGDMomentum
+from subspan.optim.update import mark
 from subspan.training.checkpoint import Checkpointer, load
 from subspan.training.config import RunConfig, TrainConfig, save_config
 from subspan.training.data import StreamDataset, make_loader
 from subspan.training.evaluation import EvalResult, evaluate, to_device, trained_tokens
 from subspan.training.models import build_model, model_config, save_pretrained
+from subspan.training.profile import SKIPPED, StepProfiler
 from subspan.training.resume import (
     CHECKPOINTS,
     Interrupted,
@@ -81,7 +83,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         groups,
         optim.lr,
         weight_decay=optim.weight_decay,
-        refresh=Refresh(seed=config.run.seed),
+        refresh=Refresh(adaptive=optim.adaptive_refresh, max_gap=optim.max_update_proj_gap, seed=config.run.seed),
         gradients=optim.gradients,
         compile=optim.compile,
         **{key: value for key, value in given.items() if value is not None},
@@ -149,6 +151,11 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     stream = corpus.train if isinstance(corpus.train, StreamDataset) else None
     if stream and progress.stream:
         stream.load_state_dict(progress.stream)
+    if run.profile and run.steps - progress.step < run.profile + SKIPPED + 1:
+        raise ValueError(
+            f"run.profile={run.profile} needs {SKIPPED + 1} steps before the first that counts, and the run has "
+            f"{run.steps - progress.step}: raise run.steps or lower run.profile"
+        )
     start, workers = 0 if stream else progress.samples, config.data.num_workers
     loader = make_loader(corpus.train, batch_size=micro_batch, seed=run.seed, start=start, num_workers=workers)
     batches = iter(loader)  # endless
@@ -165,7 +172,8 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     checkpointer = Checkpointer(out / CHECKPOINTS, keep=run.keep_checkpoints, say=log.say)
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / "config.yaml")  # before all else: it makes the folder one that --resume auto knows
-    with log, StopSignal(log.say) as stop:
+    profiler = StepProfiler(out, run.profile, device, log.say) if run.profile else None
+    with log, profiler or nullcontext(), StopSignal(log.say) as stop:
 
         def validate(step: int) -> EvalResult:
             result = evaluate(model, stop.until_asked(valid), autocast=run.autocast)
@@ -195,31 +203,34 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                 raise save_and_stop(stop.number)
         for step in range(progress.step + 1, run.steps + 1):
             begin = time.perf_counter()
-            for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
-                group["lr"] = peak * lr_factor(step, run)
+            with mark("step"):
+                for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
+                    group["lr"] = peak * lr_factor(step, run)
 
-            micro_batches = [next(batches) for _ in range(accumulation)]
-            counts = [trained_tokens(batch["labels"]) for batch in micro_batches]
-            loss = torch.zeros((), device=device)
-            for batch, count in zip(micro_batches, counts, strict=True):
-                if not count:
-                    continue  # the mean over no tokens is not a number
-                with torch.autocast(device.type, torch.bfloat16, enabled=run.autocast):
-                    mean = model(**to_device(batch, device), use_cache=False).loss
-                part = mean * (count / sum(counts))  # so that the parts add up to the mean over the step's tokens
-                loss += part.detach()
-                if gradients == "update" and not loss.isfinite():
-                    break  # the backward pass would change weights: here alone the loss is looked at before it
-                part.backward()
+                with mark("data"):
+                    micro_batches = [next(batches) for _ in range(accumulation)]
+                    counts = [trained_tokens(batch["labels"]) for batch in micro_batches]
+                loss = torch.zeros((), device=device)
+                for batch, count in zip(micro_batches, counts, strict=True):
+                    if not count:
+                        continue  # the mean over no tokens is not a number
+                    with mark("forward"), torch.autocast(device.type, torch.bfloat16, enabled=run.autocast):
+                        mean = model(**to_device(batch, device), use_cache=False).loss
+                    part = mean * (count / sum(counts))  # so that the parts add up to the mean over the step's tokens
+                    loss += part.detach()
+                    if gradients == "update" and not loss.isfinite():
+                        break  # the backward pass would change weights: here alone the loss is looked at before it
+                    with mark("backward"):
+                        part.backward()
 
-            # The only host sync of a step, refreshes aside.
-            norm = optimizer.prepare(loss) if hasattr(optimizer, "prepare") else gradient_norm(parameters)
-            loss_value, norm_value = torch.stack([loss, norm.to(device)]).tolist()
-            finite = math.isfinite(loss_value) and math.isfinite(norm_value)
-            if finite:
-                _clip(optimizer, parameters, norm_value, config.optim.max_grad_norm)
-                optimizer.step()
-            optimizer.zero_grad()
+                # The only host sync of a step, refreshes aside.
+                norm = optimizer.prepare(loss) if hasattr(optimizer, "prepare") else gradient_norm(parameters)
+                loss_value, norm_value = torch.stack([loss, norm.to(device)]).tolist()
+                finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+                if finite:
+                    _clip(optimizer, parameters, norm_value, config.optim.max_grad_norm)
+                    optimizer.step()
+                optimizer.zero_grad()
 
             duration = time.perf_counter() - begin
             progress.step = step
@@ -240,6 +251,8 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                 seconds=progress.seconds,
                 skipped=progress.skipped,
             )
+            if profiler:
+                profiler.step()
             if not finite:
                 partly = gradients == "update" and math.isfinite(loss_value)
                 what = (
