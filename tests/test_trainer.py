@@ -15,6 +15,7 @@ from subspan.training import trainer
 from subspan.training.config import TrainConfig, load_config
 from subspan.training.data import PackedDataset
 from subspan.training.evaluation import evaluate
+from subspan.training.models import compile_blocks
 from subspan.training.profile import PARTS, own_times
 from subspan.training.text import check_vocabulary, load_data
 from subspan.training.trainer import build_optimizer, lr_factor, train
@@ -420,3 +421,35 @@ def test_a_profile_longer_than_the_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run.profile=8 needs 3 steps before .* the run has 10: raise run.steps"):
         train(tiny_config(tmp_path, run={"profile": 8, "steps": 10}))
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- compiled blocks
+
+
+@pytest.mark.parametrize("gradients", ["project", "update"])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_a_compiled_model_trains_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gradients: str, int8: bool, activation_checkpointing: bool
+) -> None:
+    compile_module, compiled = nn.Module.compile, []
+
+    def quickly(module: nn.Module) -> None:  # all of torch.compile but its code generation, which takes half a minute
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", quickly)
+    seen = []
+    for compile in (False, True):
+        folder = tmp_path / str(compile)
+        folder.mkdir()
+        model = {"compile": compile, "int8": int8, "activation_checkpointing": activation_checkpointing}
+        train(tiny_config(folder, model=model, optim={"gradients": gradients}, run={"steps": 8}))
+        seen.append(losses(folder))
+    assert compiled == ["LlamaDecoderLayer"] * 2
+    assert seen[1] == pytest.approx(seen[0], rel=1e-4)
+
+
+def test_a_model_without_blocks_is_not_compiled() -> None:
+    with pytest.raises(ValueError, match=r"model\.compile=true finds no ModuleList"):
+        compile_blocks(nn.Sequential(nn.Linear(2, 2)))

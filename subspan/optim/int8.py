@@ -165,6 +165,10 @@ class Int8Weight(Tensor):
     ) -> Int8Weight:
         return cls(inner["codes"], inner["scale"], *context)
 
+    def _stable_hash_for_caching(self) -> str:
+        """What torch.compile's cache on disk tells weights apart by."""
+        return repr((self.shape, self.dtype, self.group_size, self.device, self.requires_grad))
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _FUNCTIONS:

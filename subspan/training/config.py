@@ -40,6 +40,8 @@ class ModelConfig:
     """fields of the model's configuration to change, such as {hidden_size: 128}"""
     activation_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
+    compile: bool = False
+    """torch.compile the model, block by block; the first step takes longer"""
 
     def __post_init__(self) -> None:
         _check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from subspan.extras import require
 from subspan.optim.groups import default_targets
@@ -111,6 +112,24 @@ def _materialise(model: PreTrainedModel, device: torch.device) -> None:
     model.to_empty(device=device)
     model.initialize_weights()  # type: ignore[no-untyped-call]
     model.tie_weights()  # to_empty made two of one
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """torch.compile each of a model's repeated blocks (the modules of its outermost ModuleLists), in place.
+
+    Block by block, because a model compiled as a whole keeps every gradient alive until its backward pass ends; equal blocks share
+    one compilation. Raises ValueError for a model without blocks.
+    """
+    blocks = list(_outermost_lists(model))
+    if not blocks:
+        raise ValueError("model.compile=true finds no ModuleList of blocks in this model: set it false")
+    for block in blocks:
+        block.compile()
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _outermost_lists(child)
 
 
 def save_pretrained(model: PreTrainedModel, folder: Path) -> None:

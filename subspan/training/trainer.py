@@ -28,7 +28,7 @@ from subspan.training.checkpoint import Checkpointer, load
 from subspan.training.config import RunConfig, TrainConfig, save_config
 from subspan.training.data import StreamDataset, make_loader
 from subspan.training.evaluation import EvalResult, evaluate, to_device, trained_tokens
-from subspan.training.models import build_model, model_config, save_pretrained
+from subspan.training.models import build_model, compile_blocks, model_config, save_pretrained
 from subspan.training.profile import SKIPPED, StepProfiler
 from subspan.training.resume import (
     CHECKPOINTS,
@@ -130,6 +130,8 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     if config.model.activation_checkpointing:
         newer = getattr(model, "activation_checkpointing_enable", None)  # the older name is deprecated
         (newer or model.gradient_checkpointing_enable)()
+    if config.model.compile:
+        compile_blocks(model)
 
     optimizer = build_optimizer(model, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
