@@ -339,6 +339,7 @@ def make_loader(
     world_size: int = 1,
     shuffle: bool = True,
     num_workers: int = 0,
+    pin_memory: bool = False,
 ) -> DataLoader[dict[str, Tensor]]:
     """Endless batches of `batch_size` samples for training.
 
@@ -358,7 +359,12 @@ def make_loader(
     if not isinstance(dataset, StreamDataset):
         positions = _Positions(len(dataset), seed, start + rank, world_size, shuffle)  # type: ignore[arg-type]
         return DataLoader(
-            dataset, batch_size=batch_size, sampler=positions, num_workers=num_workers, generator=generator
+            dataset,
+            batch_size=batch_size,
+            sampler=positions,
+            num_workers=num_workers,
+            generator=generator,
+            pin_memory=pin_memory,
         )
     if start or num_workers:
         raise ValueError(
@@ -367,7 +373,7 @@ def make_loader(
         )
     if (rank, world_size) != (dataset.rank, dataset.world_size):
         raise ValueError(f"rank={rank}, world_size={world_size}: the stream was opened with others: pass them there")
-    return DataLoader(dataset, batch_size=batch_size, generator=generator)
+    return DataLoader(dataset, batch_size=batch_size, generator=generator, pin_memory=pin_memory)
 
 
 def eval_loader(

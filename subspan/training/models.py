@@ -117,8 +117,8 @@ def _materialise(model: PreTrainedModel, device: torch.device) -> None:
 def compile_blocks(model: PreTrainedModel) -> None:
     """torch.compile each of a model's repeated blocks (the modules of its outermost ModuleLists), in place.
 
-    Block by block, because a model compiled as a whole keeps every gradient alive until its backward pass ends; equal blocks share
-    one compilation. Raises ValueError for a model without blocks.
+    Block by block, because a model compiled as a whole keeps every gradient alive until its backward pass ends; equal blocks
+    share one compilation. Raises ValueError for a model without blocks.
     """
     blocks = list(_outermost_lists(model))
     if not blocks:

@@ -27,7 +27,7 @@ from subspan.optim.update import mark
 from subspan.training.checkpoint import Checkpointer, load
 from subspan.training.config import RunConfig, TrainConfig, save_config
 from subspan.training.data import StreamDataset, make_loader
-from subspan.training.evaluation import EvalResult, evaluate, to_device, trained_tokens
+from subspan.training.evaluation import Batch, EvalResult, evaluate, to_device, trained_tokens
 from subspan.training.models import build_model, compile_blocks, model_config, save_pretrained
 from subspan.training.profile import SKIPPED, StepProfiler
 from subspan.training.resume import (
@@ -159,7 +159,14 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
             f"{run.steps - progress.step}: raise run.steps or lower run.profile"
         )
     start, workers = 0 if stream else progress.samples, config.data.num_workers
-    loader = make_loader(corpus.train, batch_size=micro_batch, seed=run.seed, start=start, num_workers=workers)
+    loader = make_loader(
+        corpus.train,
+        batch_size=micro_batch,
+        seed=run.seed,
+        start=start,
+        num_workers=workers,
+        pin_memory=device.type != "cpu",
+    )
     batches = iter(loader)  # endless
 
     print(f"text   {corpus.description}")
@@ -187,8 +194,13 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
             due = run.eval_every and progress.step % run.eval_every == 0 and progress.step < run.steps
             return bool(due and progress.evaluated < progress.step)
 
-        def save() -> None:
+        def draw() -> tuple[list[Batch], list[int]]:
+            """The micro-batches of the next step, and the tokens that each of them trains on."""
             progress.stream = stream.state_dict() if stream else None
+            drawn = [next(batches) for _ in range(accumulation)]
+            return drawn, [trained_tokens(batch["labels"]) for batch in drawn]
+
+        def save() -> None:
             progress.refresh_seconds = getattr(optimizer, "refresh_seconds", None)
             log.sync()
             checkpointer.save(progress.step, model, optimizer, dataclasses.asdict(progress))
@@ -203,15 +215,14 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                 validate(progress.step)
             if stop.number is not None:
                 raise save_and_stop(stop.number)
+        upcoming = draw()
         for step in range(progress.step + 1, run.steps + 1):
             begin = time.perf_counter()
             with mark("step"):
                 for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
                     group["lr"] = peak * lr_factor(step, run)
 
-                with mark("data"):
-                    micro_batches = [next(batches) for _ in range(accumulation)]
-                    counts = [trained_tokens(batch["labels"]) for batch in micro_batches]
+                micro_batches, counts = upcoming
                 loss = torch.zeros((), device=device)
                 for batch, count in zip(micro_batches, counts, strict=True):
                     if not count:
@@ -225,6 +236,10 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                     with mark("backward"):
                         part.backward()
 
+                with mark(
+                    "data"
+                ):  # before the sync: while an accelerator works on this step, the next one is made ready
+                    upcoming = draw()
                 # The only host sync of a step, refreshes aside.
                 norm = optimizer.prepare(loss) if hasattr(optimizer, "prepare") else gradient_norm(parameters)
                 loss_value, norm_value = torch.stack([loss, norm.to(device)]).tolist()
