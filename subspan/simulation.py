@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.live import LiveBytes
-from subspan.optim import backward, update
+from subspan.optim import norms, update
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.optimizer import ProjectedOptimizer
 
@@ -225,7 +225,7 @@ def _few_parts() -> Iterator[None]:
         return ends
 
     with contextlib.ExitStack() as undo:
-        for owner, name in ((update, "parts_of"), (backward, "parts_of"), (Int8Weight, "blocks")):
+        for owner, name in ((update, "parts_of"), (norms, "parts_of"), (Int8Weight, "blocks")):
             parts = getattr(owner, name)
             undo.callback(setattr, owner, name, parts)
             setattr(owner, name, few(parts))

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 import subspan
 from subspan.optim import quant, update
 from subspan.optim.int8 import Int8Weight
+from subspan.optim.norms import gauge, norm_of, row_norms
 
 RULES = [subspan.Adam(), subspan.Lion(), subspan.SGDMomentum(nesterov=True), subspan.Adafactor()]
 SHAPES = {"tall": (80, 24), "wide": (24, 80), "batch": (3, 24, 40), "vector": (50,), "0-d": ()}
@@ -67,7 +68,7 @@ def test_temporaries_are_those_of_a_part(dense, option):
     )
     R = torch.ones(512 if not dense else 4096, 4096 if not dense else 2048, dtype=torch.bfloat16)
     with torch.no_grad(), LargestResult() as seen:
-        optimizer.apply(optimizer.param_groups[0], p, R)
+        optimizer.apply(optimizer.param_groups[0], p, R, torch.tensor(False))
     assert p.count_nonzero()
     # 256 KiB x 4 bytes; of a projected weight, (d, c) beside R's (r, c) is four times as much
     assert seen.bytes <= 2**20 * (4 if not dense else 1) + 2**16
@@ -79,7 +80,7 @@ def test_a_norm_leaves_no_holes_in_the_heap():
     code = """
 import torch
 from pathlib import Path
-from subspan.optim.backward import norm_of
+from subspan.optim.norms import norm_of
 X = torch.ones(2**12, 2**12, dtype=torch.bfloat16)
 resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 norm_of(X[:64])
@@ -110,9 +111,34 @@ def test_the_norm_of_a_bf16_gradient_makes_no_fp32_copy_of_it():
 
     X = torch.ones(4096, 2048, dtype=torch.bfloat16)
     with profile(profile_memory=True) as record:
-        norm = subspan.optim.backward.norm_of(X)
+        norm = norm_of(X)
     assert norm.item() == pytest.approx(X.numel() ** 0.5)
     assert max(event.cpu_memory_usage for event in record.events()) < 2**22
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 700), (512, 2048), (3, 4, 30)], ids=str)  # the second is more than one part
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_gauge_leaves_noise_out_and_sees_nan(shape, dtype, turned):
+    R = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    R[..., 1, :] *= 1e-7
+    R = R.mT.contiguous().mT if turned else R
+    rows = torch.linalg.vector_norm(R.double(), dim=-1).float()
+    torch.testing.assert_close(row_norms(R), rows, rtol=1e-5, atol=0)
+    norm, zero = gauge(R, projected=True, mask_null=True)
+    assert zero.expand(R.shape)[..., 1, :].all()
+    assert not zero.expand(R.shape)[..., 0, :].any()
+    left = R.double().masked_fill(zero, 0)
+    torch.testing.assert_close(norm, left.norm().float(), rtol=1e-4, atol=0)
+    for projected, mask_null in ((False, True), (True, False)):
+        norm, zero = gauge(R, projected, mask_null)
+        torch.testing.assert_close(norm, R.double().norm().float(), rtol=1e-4, atol=0)
+        assert not zero.any()
+    R[..., 0, 3] = torch.nan
+    for projected in (True, False):
+        norm, zero = gauge(R, projected, True)
+        assert norm.isnan()
+        assert zero.expand(R.shape).all()
 
 
 # -------------------------------------------------------------------------------------------------------- rounding

@@ -17,12 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 from torch.utils.hooks import RemovableHandle
-
-from subspan.optim.groups import as_matrix
-from subspan.optim.projectors import orient, pick_side, project
-from subspan.optim.update import mark, parts_of
 
 if TYPE_CHECKING:
     from subspan.optim.optimizer import ProjectedOptimizer
@@ -80,16 +75,8 @@ class Backward:
         group = optimizer.group_of(p)
         if "rank" not in group or (p not in self.low_rank and optimizer.refresh_due(p)):
             return
-        with mark("project"):
-            G = as_matrix(G.contiguous(), group)
-            A = orient(G, pick_side(G.shape, group["proj_type"]))
-            Q = optimizer.basis(p, G.dtype)
-            R = self.low_rank.get(p)
-            if R is None:
-                self.low_rank[p] = project(A, Q)
-            else:
-                (R.addmm_ if R.ndim == 2 else R.baddbmm_)(Q.mT, A)
-            p.grad = None
+        self.low_rank[p] = optimizer.low_rank_gradient(group, p, G, self.low_rank.get(p))
+        p.grad = None
 
     @torch.no_grad()
     def _update(self, p: Tensor) -> None:
@@ -102,9 +89,9 @@ class Backward:
             )
         group = optimizer.group_of(p)
         R = optimizer.project(group, p)
-        self.updated[p] = norm = norm_of(R)
-        finite = norm.isfinite()
-        optimizer.apply(group, p, R.masked_fill_(~finite, 0), finite)
+        norm, zero = optimizer.gauge(group, R)
+        self.updated[p] = norm
+        optimizer.apply(group, p, R, zero, use=norm.isfinite())
         p.grad = None
 
     def _take(self, p: Tensor) -> tuple[ProjectedOptimizer, Tensor]:
@@ -120,19 +107,3 @@ class Backward:
                 "a backward pass between prepare() and step() would be lost: call step() or zero_grad() first"
             )
         return optimizer, p.grad
-
-
-def norm_of(X: Tensor) -> Tensor:
-    """Euclidean norm of all elements, 0-d, in fp32 or wider."""
-    dtype = torch.promote_types(X.dtype, torch.float32)
-    if X.dtype == dtype or X.ndim == 0:
-        whole: Tensor = vector_norm(X, dtype=dtype)
-        return whole
-    # On the CPU torch makes a copy of `dtype` first: of a part at a time. A result of its own for each part would settle in the
-    # hole that the copy before it left, so that no copy finds room in it: 0.5 GiB of holes for an embedding of 7B.
-    parts = list(parts_of(X, 0))
-    norms = X.new_empty(len(parts), dtype=dtype)
-    for (start, length), norm in zip(parts, norms, strict=True):
-        vector_norm(X.narrow(0, start, length), dtype=dtype, out=norm)
-    total: Tensor = vector_norm(norms)
-    return total

@@ -24,16 +24,15 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from subspan.optim.backward import Backward, Gradients, norm_of
+from subspan.optim.backward import Backward, Gradients
 from subspan.optim.books import Bits
 from subspan.optim.groups import as_matrix, check_group, matrix_shape
 from subspan.optim.int8 import Int8Weight
+from subspan.optim.norms import gauge, norm_of
 from subspan.optim.projectors import (
     Projector,
-    Side,
     SubspaceIteration,
     effective_rank,
-    mask_null_directions,
     orient,
     overlap,
     pick_side,
@@ -45,8 +44,8 @@ from subspan.optim.refresh import Refresh, Timetable
 from subspan.optim.rules import Adam, Rule
 from subspan.optim.update import mark, update_weight, works_by_parts
 
-Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor]
-"""A group, a parameter of it, its R (its gradient if it is dense), the norm of R."""
+Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor, Tensor]
+"""A group, a parameter of it, its R (its gradient if it is dense), the norm of R, what of R counts as zero."""
 
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # missing in torch's own types
 
@@ -85,7 +84,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             the rounded weight is the exact one. fp32 weights are exact without; INT8 weights (int8.py) are always rounded so.
         compile: make one pass over memory of a rule and its moments with torch.compile, for Adam, Lion, SGDMomentum and rules
             like them; the first step then takes longer. Eager, after a warning, where there is no compiler.
-        mask_null: count rows of R that hold only rounding noise as zero (`mask_null_directions`).
+        mask_null: count rows of R that hold only rounding noise as zero (`null_directions`).
 
     State is tensors only and exists from construction: `step` and those of `Timetable` (0-d, CPU), `basis` (d, r), the rule's;
     what is in codes is two tensors, `exp_avg.codes` (uint8) and `exp_avg.scale` (fp32), (k, r) and (k, ceil(r / block)).
@@ -138,6 +137,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             )
         self.rule = rule
         self.dense_rule = dense_rule
+        self._memories = {
+            projected: (r, Store(LOW_BITS.get(dtype), projected), torch.float32 if dtype in LOW_BITS else dtype)  # type: ignore[arg-type]
+            for projected, r, dtype in ((True, rule, state_dtype), (False, dense_rule, dense_state_dtype))
+        }
         self.projector = SubspaceIteration() if projector is None else projector
         self.gradients = gradients
         refresh = Refresh() if refresh is None else refresh
@@ -221,15 +224,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def basis(self, p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The basis Q (..., d, r) of a projected parameter, in `dtype` (None: fp32): a new tensor if it is stored otherwise."""
-        return read_basis(self.state[p], self.shapes(p)[0][-1], dtype or torch.float32)
+        state = self.state[p]
+        rank = 0 if "basis" in state else self.shapes(p)[0][-1]  # of codes, which may be one more than there are values
+        return read_basis(state, rank, dtype or torch.float32)
 
     def _memory(self, group: dict[str, Any]) -> tuple[Rule, Store, torch.dtype | None]:
         """The rule of a group's parameters, how their moments are stored, and the dtype of those that are not in codes."""
-        projected = "rank" in group
-        dtype = self.state_dtype if projected else self.dense_state_dtype
-        bits = None if dtype is None else LOW_BITS.get(dtype)
-        rule = self.rule if projected else self.dense_rule
-        return rule, Store(bits, transposed=projected), torch.float32 if bits else dtype
+        return self._memories["rank" in group]
 
     # --------------------------------------------------------------------------------------------------- step
 
@@ -249,12 +250,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self.prepare()
         norms = list(self._backward.updated.values()) if self._backward else []
         # Without anything to wait for, R lives for one parameter only.
-        for group, p, R, norm in self._low_rank_gradients() if self.prepared is None else self.prepared:
+        for group, p, R, norm, zero in self._low_rank_gradients() if self.prepared is None else self.prepared:
             norms.append(norm)
+            factor = None
             if self.max_grad_norm is not None:  # the norm that decides is that of all
                 norm = self.grad_norm.to(R.device)
-                R.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch.nn.utils.clip_grad_norm_
-            self.apply(group, p, R.masked_fill_(~norm.isfinite(), 0))
+                factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+                zero = zero | ~norm.isfinite()
+            self.apply(group, p, R, zero, factor)
         self.grad_norm = self._total(norms)
         self._end_step()
         return loss
@@ -280,7 +283,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             refresh = bool(self._total(seen if loss is None else [*seen, loss.detach().float()]).isfinite())
         self.prepared = list(self._low_rank_gradients(refresh))
         norms = list(self._backward.updated.values()) if self._backward else []
-        self.grad_norm = self._total([*norms, *(norm for *_, norm in self.prepared)])
+        self.grad_norm = self._total([*norms, *(norm for *_, norm, _ in self.prepared)])
         return self.grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -293,17 +296,39 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         assert p.grad is not None
         if "rank" not in group:
             return p.grad
-        G = as_matrix(p.grad.contiguous(), group)
-        side = pick_side(G.shape, group["proj_type"])
         if refresh and self.refresh_due(p):
             with mark("refresh"):
-                self._refresh_basis(p, G, side)
+                self._refresh_basis(group, p, p.grad)
+        return self.low_rank_gradient(group, p, p.grad)
+
+    def low_rank_gradient(self, group: dict[str, Any], p: Tensor, G: Tensor, R: Tensor | None = None) -> Tensor:
+        """Q^T A (r, k) of p's gradient G, added to R if there is one. For moments in codes it lies as they do."""
         with mark("project"):
-            return self._masked(project(orient(G, side), self.basis(p, G.dtype)))
+            G = as_matrix(G.contiguous(), group)
+            A, Q = orient(G, pick_side(G.shape, group["proj_type"])), self.basis(p, G.dtype)
+            turned = self._memory(group)[1].bits is not None
+            if R is None:
+                return project(A, Q, turned)
+            X, left, right = (R.mT, A.mT, Q) if turned else (R, Q.mT, A)
+            (X.addmm_ if X.ndim == 2 else X.baddbmm_)(left, right)
+            return R
 
-    def apply(self, group: dict[str, Any], p: Tensor, R: Tensor, use: Tensor | None = None) -> None:
-        """Update p from its low-rank gradient R (r, k), or from its gradient if it is dense.
+    def gauge(self, group: dict[str, Any], R: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of R, and what of it counts as zero (norms.py)."""
+        return gauge(R, "rank" in group, self.mask_null)
 
+    def apply(
+        self,
+        group: dict[str, Any],
+        p: Tensor,
+        R: Tensor,
+        zero: Tensor,
+        factor: Tensor | None = None,
+        use: Tensor | None = None,
+    ) -> None:
+        """Update p from its low-rank gradient R (r, k), or from its gradient if it is dense; R is used up.
+
+        zero: bool tensor that broadcasts to R; where it is True, R counts as zero. factor: 0-d, multiplies R.
         use: 0-d bool tensor on p's device. If it is False, and R zero, weight, moments and basis stay as they are; only the
         count of steps, which the host keeps too, goes on.
         """
@@ -328,17 +353,20 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             state,
             rule,
             store,
+            count=self._steps[p],
             side=side,
             Q=Q,
             size=size,
             keep=keep,
+            zero=zero,
+            factor=factor,
             use=use,
             generator=generator,
             compiled=self.compile,
         )
 
     def _low_rank_gradients(self, refresh: bool = True) -> Iterator[Prepared]:
-        """(group, p, R, norm of R) of every parameter with a gradient, each as it is asked for."""
+        """What `Prepared` says of every parameter with a gradient, each as it is asked for."""
         taken = self._backward.low_rank if self._backward else {}
         for _, p in self._parameters():
             if self._backward:
@@ -347,17 +375,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 raise ValueError("sparse gradients are not supported: use nn.Embedding(sparse=False)")
         for group, p in self._parameters():
             if p in taken:
-                R = self._masked(taken.pop(p))
+                R = taken.pop(p)
             elif p.grad is not None:
                 R = self.project(group, p, refresh)
             else:
                 continue
             if self.gradients == "update" or (self.gradients == "project" and "rank" in group):
                 p.grad = None
-            yield group, p, R, norm_of(R)
-
-    def _masked(self, R: Tensor) -> Tensor:
-        return mask_null_directions(R) if self.mask_null else R
+            yield group, p, R, *self.gauge(group, R)
 
     @staticmethod
     def _total(norms: Sequence[Tensor]) -> Tensor:
@@ -387,16 +412,17 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         gap: int = self.group_of(p)["update_proj_gap"]
         return gap
 
-    def _refresh_basis(self, p: Tensor, G: Tensor, side: Side) -> None:
+    def _refresh_basis(self, group: dict[str, Any], p: Tensor, G: Tensor) -> None:
         """p's basis <- the projector's basis for G, in place; untouched, and still due, if G is zero or not finite (looking at it
         is a sync)."""
         begin = time.perf_counter()
-        state = self.state[p]
+        state, G = self.state[p], as_matrix(G.contiguous(), group)
         largest = float(torch.linalg.vector_norm(G, ord=math.inf))
         if math.isfinite(largest) and largest > 0:
             rank = self.shapes(p)[0][-1]
             count = self._timetable.refreshes[p]
             previous = self.basis(p) if count else None  # a random first basis knows nothing of the gradient
+            side = pick_side(G.shape, group["proj_type"])
             new = self.projector.basis(G, side, rank, previous, self._seed(p, count + 1))
             same = None
             if previous is not None and self.refresh.adaptive is not None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 Side = Literal["left", "right"]
 ProjType = Literal["std", "reverse_std", "left", "right"]
+PROJ_TYPES = get_args(ProjType)
 
 NULL_TOLERANCE = {torch.float64: 4e-15, torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 1.3e-4}
 """Per gradient dtype: rows of R shorter than this share of the longest row are rounding noise."""
@@ -34,8 +35,8 @@ def check_proj_type(proj_type: object) -> None:
     """Raise a ValueError unless `proj_type` is one that `pick_side` knows."""
     if proj_type == "full":
         raise ValueError("proj_type='full' (a basis on both sides) is not supported: use proj_type='std'")
-    if proj_type not in get_args(ProjType):
-        raise ValueError(f"proj_type={proj_type!r} is unknown: use one of {', '.join(get_args(ProjType))}")
+    if proj_type not in PROJ_TYPES:
+        raise ValueError(f"proj_type={proj_type!r} is unknown: use one of {', '.join(PROJ_TYPES)}")
 
 
 def pick_side(shape: Sequence[int], proj_type: str = "std") -> Side:
@@ -62,9 +63,9 @@ def effective_rank(rank: int, shape: Sequence[int]) -> int:
     return min(rank, shape[-2], shape[-1])
 
 
-def project(A: Tensor, Q: Tensor) -> Tensor:
-    """Low-rank gradient R = Q^T A: (..., d, k), (..., d, r) -> (..., r, k)."""
-    return Q.mT @ A
+def project(A: Tensor, Q: Tensor, turned: bool = False) -> Tensor:
+    """Low-rank gradient R = Q^T A: (..., d, k), (..., d, r) -> (..., r, k); turned: it lies in memory as (..., k, r)."""
+    return (A.mT @ Q).mT if turned else Q.mT @ A
 
 
 def project_back(U: Tensor, Q: Tensor) -> Tensor:
@@ -83,15 +84,14 @@ def captured_energy(A: Tensor, Q: Tensor) -> Tensor:
     return project(A.float(), Q.float()).square().sum((-2, -1)) / total.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def mask_null_directions(R: Tensor) -> Tensor:
-    """R (..., r, k) with the rows that hold nothing but rounding noise set to zero.
+def null_directions(row_norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which rows of a low-rank gradient of `dtype` hold nothing but rounding noise, from the norms of its rows (..., r).
 
     With fewer tokens than r behind a gradient some rows of R are zero up to rounding, and Adam would turn that noise
     into steps of full size. Row i is null when ||R_i|| < tau max_j ||R_j||, tau of the gradient's dtype: 4e-6 for fp32,
-    1e-3 for bf16, above the rounding noise of each. Rows with nan or inf stay, for the caller to see. No host sync.
+    1e-3 for bf16, above the rounding noise of each. Rows with nan or inf are not, for the caller to see. No host sync.
     """
-    norms = torch.linalg.vector_norm(R, dim=-1, keepdim=True, dtype=torch.promote_types(R.dtype, torch.float32))
-    return torch.where(norms < NULL_TOLERANCE[R.dtype] * norms.amax(-2, keepdim=True), 0, R)
+    return row_norms < NULL_TOLERANCE[dtype] * row_norms.amax(-1, keepdim=True)
 
 
 def orthonormalize(Y: Tensor) -> Tensor:

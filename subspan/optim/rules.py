@@ -30,8 +30,9 @@ class Rule(Protocol):
     that place alone. The optimizer then goes through a parameter part by part, with temporaries of a part, and can keep
     moments in 8 or 4 bits.
 
-    A rule may have a method `at(step, dtype)`, whose result `update` then gets for `step`: what depends on the step alone, in the
-    dtype of the arithmetic, computed once for all parts. (Compiled with the rest, it would be computed for every element.)
+    A rule may have a method `at(step, dtype)`, whose result `update` then gets for `step`: what depends on the step alone, a
+    number here, in the dtype of the arithmetic, computed once for all parts. It returns tensors: a number that changes from step
+    to step would have a compiled sweep compiled again at every step.
     """
 
     def init(self, R: Tensor) -> State:
@@ -71,10 +72,11 @@ class Adam:
     def init(self, R: Tensor) -> State:
         return {"exp_avg": torch.zeros_like(R), "exp_avg_sq": torch.zeros_like(R)}
 
-    def at(self, step: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """1 - beta1^t and sqrt(1 - beta2^t)."""
-        t = step.double()  # in fp32, 1 - 0.999 would carry an error of 6e-5
-        return (1 - self.betas[0] ** t).to(dtype), (1 - self.betas[1] ** t).sqrt().to(dtype)
+    def at(self, step: Tensor | int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """1 - beta1^t and sqrt(1 - beta2^t), 0-d."""
+        t: Any = step.double() if isinstance(step, Tensor) else step  # in fp32, 1 - 0.999 would carry an error of 6e-5
+        correction1, correction2 = 1 - self.betas[0] ** t, (1 - self.betas[1] ** t) ** 0.5
+        return torch.as_tensor(correction1, dtype=dtype), torch.as_tensor(correction2, dtype=dtype)
 
     def update(
         self, R: Tensor, state: State, step: Tensor | tuple[Tensor, Tensor], use: Tensor | None = None

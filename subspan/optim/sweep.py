@@ -15,12 +15,12 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from subspan.optim.books import Bits
 from subspan.optim.quant import BLOCK_SIZE, State, Store
 from subspan.optim.refresh import Timetable
 from subspan.optim.rules import Rule
@@ -48,30 +48,26 @@ def compiled_sweep(rule: Rule, store: Store, R: Tensor, state: State, step: Any,
     in_one_piece = all(key.endswith((".codes", ".scale")) and X.is_contiguous() for key, X in moments.items())
     if R.ndim == 0 or (coded and not in_one_piece):
         return sweep(rule, store, R, state, step, use)
-    as_it_lies = replace(store, transposed=False)
     if not coded:
-        return _one_pass(None, rule, as_it_lies, R, moments, step, use)
+        if R.is_contiguous() and all(X.is_contiguous() and X.shape == R.shape for X in moments.values()):
+            flat = {key: X.view(-1) for key, X in moments.items()}  # one dimension is checked faster than two
+            return _one_pass(None, rule, store, R.view(-1), flat, step, use).view(R.shape)
+        return _one_pass(None, rule, store, R, moments, step, use)
     X = R.mT if store.transposed else R
-    directions = []
-    for start, length, b in _whole_blocks_and_rest(X.shape[-1], BLOCK_SIZE[store.bits]):  # type: ignore[index]
-        piece = {key: _columns(key, Y, start, length, store) for key, Y in moments.items()}
-        flat = {key: Y.reshape(-1, Y.shape[-1] * b // length) for key, Y in piece.items()}
-        x = X.narrow(-1, start, length).reshape(-1, b)
-        for Y in (x, *flat.values()):
-            torch._dynamo.maybe_mark_dynamic(Y, 0)
-        directions.append(_one_pass(b, rule, as_it_lies, x, flat, step, use).view(*X.shape[:-1], length))
-        for key, Y in piece.items():
-            if not Y.is_contiguous():  # then `flat` is a copy
-                Y.copy_(flat[key].view(Y.shape))
-    U = directions[0] if len(directions) == 1 else torch.cat(directions, -1)
+    n, block = X.shape[-1], BLOCK_SIZE[store.bits]  # type: ignore[index]
+    if n % block == 0 or n < block:
+        U = _one_pass(min(n, block), rule, store, X.contiguous(), moments, step, use)
+    else:
+        directions = []
+        for start, length in ((0, n - n % block), (n - n % block, n % block)):
+            piece = {key: _columns(key, Y, start, length, store) for key, Y in moments.items()}
+            copies = {key: Y.contiguous() for key, Y in piece.items()}
+            x = X.narrow(-1, start, length).contiguous()
+            directions.append(_one_pass(min(length, block), rule, store, x, copies, step, use))
+            for key, Y in piece.items():
+                Y.copy_(copies[key])
+        U = torch.cat(directions, -1)
     return U.mT if store.transposed else U
-
-
-def _whole_blocks_and_rest(n: int, block: int) -> list[tuple[int, int, int]]:
-    """(start, length, length of a block) of the pieces of a row of n values."""
-    whole = n // block * block
-    pieces = [(0, whole, block), (whole, n - whole, n - whole)]
-    return [piece for piece in pieces if piece[1]]
 
 
 def _columns(key: str, Y: Tensor, start: int, length: int, store: Store) -> Tensor:
@@ -91,29 +87,43 @@ _backend = "inductor"
 def _one_pass(
     b: int | None, rule: Rule, store: Store, R: Tensor, moments: State, step: Any, use: Tensor | None
 ) -> Tensor:
-    """`sweep`, compiled if that works."""
+    """`sweep`, compiled if that works. b: length of the blocks that R and its moments' codes, contiguous, consist of."""
     global _works
     if _works:
         try:
-            return _compile(cast("Hashable", rule), store, b)(R, moments, step, use)
+            return _compile(cast("Hashable", rule), store.bits, b)(R, moments, step, use)
         except torch._dynamo.exc.TorchDynamoException as error:
             _works = False
             reason = " ".join(str(error).split("\n\n")[0].split())
             warnings.warn(
                 f"torch.compile does not work here, so steps are taken eagerly, and slower: {reason}", stacklevel=2
             )
-    return sweep(rule, store, R, moments, step, use)
+    return sweep(rule, Store(store.bits), R, moments, step, use)
 
 
 @functools.cache
-def _compile(rule: Rule, store: Store, b: int | None) -> Callable[..., Tensor]:
+def _compile(rule: Rule, bits: Bits | None, b: int | None) -> Callable[..., Tensor]:
     """A compiled function of its own for each block length b; one for all that is not in codes."""
 
     def whole(R: Tensor, state: State, step: Any, use: Tensor | None) -> Tensor:
-        return sweep(rule, store, R, state, step, use)
+        return sweep(rule, Store(bits), R, state, step, use)
 
     # torch allows eight graphs for each code object, and the code of all these functions is one object but for this line.
     whole.__code__ = whole.__code__.replace()
     dynamic = True if b is None else None
     compiled: Callable[..., Tensor] = torch.compile(whole, fullgraph=True, dynamic=dynamic, backend=_backend)
-    return compiled
+    if b is None or bits is None:
+        return compiled
+    width = {".codes": -(-b * bits // 8), ".scale": 1}
+    seen = set()
+
+    def by_blocks(R: Tensor, state: State, step: Any, use: Tensor | None) -> Tensor:
+        blocks = {key: Y.view(-1, width[key[key.rindex(".") :]]) for key, Y in state.items()}
+        X, kind = R.view(-1, b), (R.dtype, use is None)
+        if kind not in seen:  # marks cost more than the sweep of a small part, and matter to the first call alone
+            seen.add(kind)
+            for Y in (X, *blocks.values()):
+                torch._dynamo.maybe_mark_dynamic(Y, 0)
+        return compiled(X, blocks, step, use).view(R.shape)
+
+    return by_blocks

@@ -1,0 +1,55 @@
+"""Norms of gradients by parts, and which rows of a low-rank gradient to leave out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from subspan.optim.projectors import null_directions
+from subspan.optim.update import parts_of
+
+
+def gauge(R: Tensor, projected: bool, mask_null: bool) -> tuple[Tensor, Tensor]:
+    """The norm of R, 0-d, and what of R counts as zero, a bool tensor that broadcasts to R.
+
+    All of R counts as zero if its norm is not finite; of a low-rank gradient (..., r, k) the rows of rounding noise do
+    (`null_directions`, with mask_null), which are not in the norm either. R stays as it is. No host sync.
+    """
+    if not (projected and mask_null):
+        norm = norm_of(R)
+        return norm, ~norm.isfinite()
+    rows = row_norms(R)
+    null = null_directions(rows, R.dtype)
+    norm = vector_norm(torch.where(null, 0, rows))
+    return norm, (null | ~norm.isfinite()).unsqueeze(-1)
+
+
+def row_norms(R: Tensor) -> Tensor:
+    """Euclidean norms of the rows of R (..., r, k): (..., r), in fp32 or wider."""
+    parts, dtype = list(parts_of(R, -1)), torch.promote_types(R.dtype, torch.float32)
+    whole: Tensor
+    if len(parts) == 1:
+        whole = vector_norm(R, dim=-1, dtype=dtype)
+        return whole
+    norms = R.new_empty((len(parts), *R.shape[:-1]), dtype=dtype)
+    for (start, length), norm in zip(parts, norms, strict=True):
+        vector_norm(R.narrow(-1, start, length), dim=-1, dtype=dtype, out=norm)
+    whole = vector_norm(norms, dim=0)
+    return whole
+
+
+def norm_of(X: Tensor) -> Tensor:
+    """Euclidean norm of all elements, 0-d, in fp32 or wider."""
+    dtype = torch.promote_types(X.dtype, torch.float32)
+    if X.dtype == dtype or X.ndim == 0:
+        whole: Tensor = vector_norm(X, dtype=dtype)
+        return whole
+    # On the CPU torch makes a copy of `dtype` first: of a part at a time. A result of its own for each part would settle in the
+    # hole that the copy before it left, so that no copy finds room in it: 0.5 GiB of holes for an embedding of 7B.
+    parts = list(parts_of(X, 0))
+    norms = X.new_empty(len(parts), dtype=dtype)
+    for (start, length), norm in zip(parts, norms, strict=True):
+        vector_norm(X.narrow(0, start, length), dtype=dtype, out=norm)
+    total: Tensor = vector_norm(norms)
+    return total
