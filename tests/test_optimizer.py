@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import statistics
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.utils.flop_counter import FlopCounterMode
 
 import subspan
 from subspan.optim import quant
@@ -211,7 +213,10 @@ def gradients_of_rank_four(steps, turn_at=None):
 def refresh_steps(refresh, feed, save_at=None, **kwargs):
     """The steps at which a parameter's basis was refreshed; at `save_at` another optimizer takes over its state."""
     p = nn.Parameter(torch.zeros(6, 8))
-    make = lambda: subspan.GaLoreAdamW([group(p, update_proj_gap=3)], refresh=refresh, **kwargs)  # noqa: E731
+    projector = subspan.SubspaceIteration(n_iter=2)  # one product finds half of a subspace that is new by half
+    make = lambda: subspan.GaLoreAdamW(  # noqa: E731
+        [group(p, update_proj_gap=3)], refresh=refresh, projector=projector, **kwargs
+    )
     optimizer, seen = make(), []
     for step, G in enumerate(feed):
         if step == save_at:
@@ -245,6 +250,31 @@ def test_the_gap_doubles_while_the_subspace_rests(refresh, turn_at, expected, gr
     for save_at in (1, 4, 10, 22):  # between two refreshes: a resumed run keeps the same steps
         resumed = refresh_steps(refresh, gradients_of_rank_four(30, turn_at), save_at, gradients=gradients)
         assert resumed == expected
+
+
+def operations(refresh, steps, gap=40, layers=8):
+    """Operations of each step over the matrices of a LLaMA of `layers` layers: products, and QR by its formula."""
+    shapes = [(16, 16)] * 4 + [(40, 16)] * 2 + [(16, 40)]
+    params = [nn.Parameter(torch.randn(shape)) for _ in range(layers) for shape in shapes]
+    optimizer = subspan.GaLoreAdamW([group(*params, update_proj_gap=gap)], refresh=refresh)
+
+    def qr(shape, *_, **__):
+        return 4 * shape[0] * shape[1] ** 2  # R, then Q: 2 d r^2 each, to leading order
+
+    counts = []
+    for step in range(steps):
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linalg_qr: qr}) as counter:
+            feed(optimizer, params, 1, step)
+        counts.append(counter.get_total_flops())
+    return counts
+
+
+def test_no_step_stalls():
+    """Step 0 included, no step does much more than another; with the paper's refresh, one in T does many times the work."""
+    counts = operations(subspan.Refresh(first="random"), 85)
+    assert max(counts) <= 1.5 * statistics.median(counts)
+    counts = operations(subspan.Refresh(first="gradient"), 41)
+    assert max(counts) == counts[0] > 4 * statistics.median(counts)
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan")])

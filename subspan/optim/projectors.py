@@ -185,14 +185,18 @@ class SubspaceIteration:
     (Golub and Van Loan, Matrix Computations, 8.2.4). Unlike singular vectors, its columns do not jump when singular values
     cross, so moments kept across a refresh keep most of their meaning.
 
-    n_iter: products with A A^T at a refresh; cold_iter: at the first one, which starts from a random basis.
+    n_iter: products with A A^T at a refresh; None: one, and two for ranks below d/8, whose bases are cheap and whose leading
+        directions one product does not always catch up with (reproductions/subspace_iteration: at worst 0.996 of the energy that
+        the SVD captures with one product at d/8 and above, 0.991 at d/16).
+    cold_iter: products at the first refresh, which starts from a random basis.
     """
 
-    n_iter: int = 2
+    n_iter: int | None = None
     cold_iter: int = 4
 
     def __post_init__(self) -> None:
-        _check_count("n_iter", self.n_iter, 1)
+        if self.n_iter is not None:
+            _check_count("n_iter", self.n_iter, 1)
         _check_count("cold_iter", self.cold_iter, 1)
 
     def basis(self, G: Tensor, side: Side, rank: int, previous: Tensor | None, seed: int) -> Tensor:
@@ -200,7 +204,7 @@ class SubspaceIteration:
         if previous is None:
             Q, rounds = random_basis((*A.shape[:-2], A.shape[-2], rank), seed, A.device), self.cold_iter
         else:
-            Q, rounds = previous, self.n_iter
+            Q, rounds = previous, self.n_iter or (1 if 8 * rank >= A.shape[-2] else 2)
         for _ in range(rounds):
             Q = orthonormalize(_half_power(A, Q))
         return Q
