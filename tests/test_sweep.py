@@ -83,6 +83,34 @@ def test_the_same_step(monkeypatch, graphs, kind, rule, state_dtype):
         torch.testing.assert_close(optimizer.state[compiled][key], value, rtol=1e-5, atol=1e-6)
 
 
+GRADIENTS = {
+    "zero": torch.zeros(96, 64),
+    "rank one": drawn((96, 1)) @ drawn((1, 64)),
+    "a row alone": torch.zeros(96, 64).index_fill(0, torch.tensor([3]), 1.0),
+    "tiny": 1e-30 * drawn((96, 64)),
+}
+
+
+@pytest.mark.parametrize("gradients", ["hold", "project", "update"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.int8], ids=str)
+def test_the_same_step_for_gradients_without_full_rank(graphs, state_dtype, gradient, gradients):
+    made = []
+    for compile in (False, True):
+        p, optimizer = make((96, 64), rank=64, state_dtype=state_dtype, gradients=gradients, compile=compile)
+        for _ in range(3):  # a refresh among them
+            (p * GRADIENTS[gradient]).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        made.append((p, optimizer.state[p]))
+    (eager, expected), (compiled, state) = made
+    assert graphs
+    assert compiled.isfinite().all()
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+    for key, value in expected.items():
+        torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.int8], ids=str)
 def test_few_graphs(graphs, state_dtype):
     """Shapes, learning rates and steps differ; what is compiled does not."""
