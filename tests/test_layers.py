@@ -13,6 +13,7 @@ LAYERS = {
     "extras": 0,
     "optim.books": 0,
     "optim.int8": 1,
+    "optim.marks": 0,
     "optim.projectors": 1,
     "optim.quant": 1,
     "optim.refresh": 2,

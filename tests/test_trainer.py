@@ -11,12 +11,13 @@ from tiny import SIZES, tiny_config, write_text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from subspan.optim.marks import mark
 from subspan.training import trainer
 from subspan.training.config import TrainConfig, load_config
 from subspan.training.data import PackedDataset
 from subspan.training.evaluation import evaluate
 from subspan.training.models import compile_blocks
-from subspan.training.profile import PARTS, own_times
+from subspan.training.profile import PARTS, SKIPPED, StepProfiler, own_times
 from subspan.training.text import check_vocabulary, load_data
 from subspan.training.trainer import build_optimizer, lr_factor, train
 
@@ -396,6 +397,23 @@ def test_a_profile_says_where_a_steps_time_goes(tmp_path: Path, capsys: pytest.C
     assert any("refresh" in times for times in profile["steps"])  # every 5 steps
     assert "where a step's time goes" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize("steps", range(SKIPPED + 3))
+def test_a_run_that_ends_before_its_profile_does(tmp_path: Path, steps: int) -> None:
+    """What ended it is raised, not what a profile of no steps makes of that."""
+
+    def profiled() -> None:
+        with StepProfiler(tmp_path, 5, torch.device("cpu")) as profiler:
+            for _ in range(steps):
+                with mark("step"):
+                    torch.ones(3).sum()
+                profiler.step()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        profiled()
+    assert (tmp_path / "profile.json").exists() == (steps > SKIPPED + 1)
 
 
 def test_own_times_of_nested_ranges() -> None:

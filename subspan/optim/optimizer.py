@@ -28,6 +28,7 @@ from subspan.optim.backward import Backward, Gradients
 from subspan.optim.books import Bits
 from subspan.optim.groups import as_matrix, check_group, matrix_shape
 from subspan.optim.int8 import Int8Weight
+from subspan.optim.marks import mark
 from subspan.optim.norms import gauge, norm_of
 from subspan.optim.projectors import (
     Projector,
@@ -42,7 +43,7 @@ from subspan.optim.projectors import (
 from subspan.optim.quant import Store, init_basis, read_basis, write_basis
 from subspan.optim.refresh import Refresh, Timetable
 from subspan.optim.rules import Adam, Rule
-from subspan.optim.update import mark, update_weight, works_by_parts
+from subspan.optim.update import update_weight, works_by_parts
 
 Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor, Tensor]
 """A group, a parameter of it, its R (its gradient if it is dense), the norm of R, what of R counts as zero."""

@@ -13,27 +13,16 @@ Rules that need all of R at once (Adafactor) get all of it; then only the last l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from subspan.optim.int8 import Int8Weight
+from subspan.optim.marks import mark
 from subspan.optim.projectors import Side, orient, project_back
 from subspan.optim.quant import State, Store, stochastic_round
 from subspan.optim.rules import Rule
 from subspan.optim.sweep import compiled_sweep, sweep
-
-PREFIX = "subspan."
-
-
-_NOTHING = nullcontext()
-
-
-def mark(name: str) -> AbstractContextManager[object]:
-    """A range of a profile: `with mark("rule"): ...`. Nothing outside of profiles, where torch's takes 10 microseconds too."""
-    return record_function(PREFIX + name) if torch.autograd.profiler._is_profiler_enabled else _NOTHING
 
 
 def update_weight(

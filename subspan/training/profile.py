@@ -18,7 +18,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from subspan.extras import require
-from subspan.optim.update import PREFIX
+from subspan.optim.marks import PREFIX
 
 PARTS = {
     "data": "the next batch",
@@ -74,6 +74,8 @@ class StepProfiler:
             if event.name.startswith(PREFIX) and (event.device_type != DeviceType.CPU) == self.on_device
         ]
         steps = own_times(ranges)
+        if not steps:  # the run ended as the first one was about to begin
+            return
         if self.on_device:
             for times in steps:
                 times["backward"] = times.get("backward", 0.0) + times.pop("step", 0.0)

@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 from subspan.extras import require
 from subspan.memory import count_memory, peak_memory
 from subspan.optim.groups import describe_groups, param_groups
+from subspan.optim.marks import mark
 from subspan.optim.presets import FULL_RANK, PRESETS
 from subspan.optim.projectors import SVD, Random, RandomizedSVD, SubspaceIteration
 from subspan.optim.refresh import Refresh
 from subspan.optim.rules import Adafactor, Adam, Lion, Rule, SGDMomentum
-from subspan.optim.update import mark
 from subspan.training.checkpoint import Checkpointer, load
 from subspan.training.config import RunConfig, TrainConfig, save_config
 from subspan.training.data import StreamDataset, make_loader
@@ -236,9 +236,8 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                     with mark("backward"):
                         part.backward()
 
-                with mark(
-                    "data"
-                ):  # before the sync: while an accelerator works on this step, the next one is made ready
+                # Before the sync: while an accelerator works on this step, the next one is made ready.
+                with mark("data"):
                     upcoming = draw()
                 # The only host sync of a step, refreshes aside.
                 norm = optimizer.prepare(loss) if hasattr(optimizer, "prepare") else gradient_norm(parameters)
