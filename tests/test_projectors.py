@@ -13,7 +13,7 @@ from subspan.optim.projectors import (
     SubspaceIteration,
     captured_energy,
     effective_rank,
-    null_directions,
+    live_directions,
     orient,
     orthonormalize,
     overlap,
@@ -191,13 +191,14 @@ def test_random_draws_depend_on_the_seed_alone():
 
 
 @pytest.mark.parametrize("dtype", list(NULL_TOLERANCE))
-def test_null_directions(dtype):
+def test_live_directions(dtype):
     norms = torch.tensor([1.0, 0.1 * NULL_TOLERANCE[dtype], 100 * NULL_TOLERANCE[dtype], 0.0], dtype=torch.float64)
-    assert null_directions(norms, dtype).tolist() == [False, True, False, True]
-    assert not null_directions(torch.zeros(3), dtype).any()
+    assert live_directions(norms, dtype).tolist() == [True, False, True, False]
+    batch = torch.stack([norms, 1e-20 * norms, 0 * norms])  # every matrix has a largest row of its own
+    assert live_directions(batch, dtype).sum(-1).tolist() == [2, 2, 0]
     for bad in (float("nan"), float("inf")):
         norms[2] = bad
-        assert not null_directions(norms, dtype)[2]  # stays visible for the caller
+        assert not live_directions(norms, dtype).any()
 
 
 @pytest.mark.parametrize(

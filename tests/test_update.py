@@ -68,7 +68,7 @@ def test_temporaries_are_those_of_a_part(dense, option):
     )
     R = torch.ones(512 if not dense else 4096, 4096 if not dense else 2048, dtype=torch.bfloat16)
     with torch.no_grad(), LargestResult() as seen:
-        optimizer.apply(optimizer.param_groups[0], p, R, torch.tensor(False))
+        optimizer.apply(optimizer.param_groups[0], p, R, torch.tensor(True))
     assert p.count_nonzero()
     # 256 KiB x 4 bytes; of a projected weight, (d, c) beside R's (r, c) is four times as much
     assert seen.bytes <= 2**20 * (4 if not dense else 1) + 2**16
@@ -125,20 +125,20 @@ def test_a_gauge_leaves_noise_out_and_sees_nan(shape, dtype, turned):
     R = R.mT.contiguous().mT if turned else R
     rows = torch.linalg.vector_norm(R.double(), dim=-1).float()
     torch.testing.assert_close(row_norms(R), rows, rtol=1e-5, atol=0)
-    norm, zero = gauge(R, projected=True, mask_null=True)
-    assert zero.expand(R.shape)[..., 1, :].all()
-    assert not zero.expand(R.shape)[..., 0, :].any()
-    left = R.double().masked_fill(zero, 0)
-    torch.testing.assert_close(norm, left.norm().float(), rtol=1e-4, atol=0)
+    norm, live = gauge(R, projected=True, mask_null=True)
+    assert not live.expand(R.shape)[..., 1, :].any()
+    assert live.expand(R.shape)[..., 0, :].all()
+    torch.testing.assert_close(norm, R.double().norm().float(), rtol=1e-4, atol=0)
     for projected, mask_null in ((False, True), (True, False)):
-        norm, zero = gauge(R, projected, mask_null)
+        norm, live = gauge(R, projected, mask_null)
         torch.testing.assert_close(norm, R.double().norm().float(), rtol=1e-4, atol=0)
-        assert not zero.any()
-    R[..., 0, 3] = torch.nan
-    for projected in (True, False):
-        norm, zero = gauge(R, projected, True)
-        assert norm.isnan()
-        assert zero.expand(R.shape).all()
+        assert live.all()
+    for bad in (torch.nan, torch.inf, 1e38):  # the square of the last is inf
+        R[..., 0, 3:7] = bad
+        for projected in (True, False):
+            norm, live = gauge(R, projected, True)
+            assert not norm.isfinite()
+            assert not live.any()
 
 
 # -------------------------------------------------------------------------------------------------------- rounding

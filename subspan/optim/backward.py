@@ -12,6 +12,7 @@ gradients alone.
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import TYPE_CHECKING, Literal
 
@@ -89,9 +90,9 @@ class Backward:
             )
         group = optimizer.group_of(p)
         R = optimizer.project(group, p)
-        norm, zero = optimizer.gauge(group, R)
+        norm, live = optimizer.gauge(group, R)
         self.updated[p] = norm
-        optimizer.apply(group, p, R, zero, use=norm.isfinite())
+        optimizer.apply(group, p, R, live, use=norm < math.inf)
         p.grad = None
 
     def _take(self, p: Tensor) -> tuple[ProjectedOptimizer, Tensor]:

@@ -1,28 +1,29 @@
-"""Norms of gradients by parts, and which rows of a low-rank gradient to leave out."""
+"""Norms of gradients by parts, and which rows of a low-rank gradient count."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from subspan.optim.projectors import null_directions
+from subspan.optim.projectors import live_directions
 from subspan.optim.update import parts_of
 
 
 def gauge(R: Tensor, projected: bool, mask_null: bool) -> tuple[Tensor, Tensor]:
-    """The norm of R, 0-d, and what of R counts as zero, a bool tensor that broadcasts to R.
+    """The norm of R, 0-d, and what of R counts, a bool tensor that broadcasts to R; the rest counts as zero.
 
-    All of R counts as zero if its norm is not finite; of a low-rank gradient (..., r, k) the rows of rounding noise do
-    (`null_directions`, with mask_null), which are not in the norm either. R stays as it is. No host sync.
+    Nothing counts if the norm is not finite; of a low-rank gradient (..., r, k) the rows of rounding noise do not
+    (`live_directions`, with mask_null). R stays as it is. No host sync.
     """
     if not (projected and mask_null):
         norm = norm_of(R)
-        return norm, ~norm.isfinite()
+        return norm, norm < math.inf
     rows = row_norms(R)
-    null = null_directions(rows, R.dtype)
-    norm = vector_norm(torch.where(null, 0, rows))
-    return norm, (null | ~norm.isfinite()).unsqueeze(-1)
+    norm = vector_norm(rows)
+    return norm, (live_directions(rows, R.dtype) & (norm < math.inf)).unsqueeze(-1)
 
 
 def row_norms(R: Tensor) -> Tensor:

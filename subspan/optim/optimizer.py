@@ -46,7 +46,7 @@ from subspan.optim.rules import Adam, Rule
 from subspan.optim.update import update_weight, works_by_parts
 
 Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor, Tensor]
-"""A group, a parameter of it, its R (its gradient if it is dense), the norm of R, what of R counts as zero."""
+"""A group, a parameter of it, its R (its gradient if it is dense), the norm of R, what of R counts."""
 
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # missing in torch's own types
 
@@ -84,8 +84,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         stochastic_rounding: round updates of bf16 weights at random, so that small ones add up instead of being lost: the mean of
             the rounded weight is the exact one. fp32 weights are exact without; INT8 weights (int8.py) are always rounded so.
         compile: make one pass over memory of a rule and its moments with torch.compile, for Adam, Lion, SGDMomentum and rules
-            like them; the first step then takes longer. Eager, after a warning, where there is no compiler.
-        mask_null: count rows of R that hold only rounding noise as zero (`null_directions`).
+            like them; the first step then takes longer. Eager, after a warning, where there is no compiler. Adam on fp32
+            moments takes one pass without it, by torch's own kernel.
+        mask_null: count rows of R that hold only rounding noise as zero (`live_directions`).
 
     State is tensors only and exists from construction: `step` and those of `Timetable` (0-d, CPU), `basis` (d, r), the rule's;
     what is in codes is two tensors, `exp_avg.codes` (uint8) and `exp_avg.scale` (fp32), (k, r) and (k, ceil(r / block)).
@@ -251,14 +252,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self.prepare()
         norms = list(self._backward.updated.values()) if self._backward else []
         # Without anything to wait for, R lives for one parameter only.
-        for group, p, R, norm, zero in self._low_rank_gradients() if self.prepared is None else self.prepared:
+        for group, p, R, norm, live in self._low_rank_gradients() if self.prepared is None else self.prepared:
             norms.append(norm)
             factor = None
             if self.max_grad_norm is not None:  # the norm that decides is that of all
                 norm = self.grad_norm.to(R.device)
                 factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-                zero = zero | ~norm.isfinite()
-            self.apply(group, p, R, zero, factor)
+                live = live & (norm < math.inf)
+            self.apply(group, p, R, live, factor)
         self.grad_norm = self._total(norms)
         self._end_step()
         return loss
@@ -315,7 +316,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             return R
 
     def gauge(self, group: dict[str, Any], R: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of R, and what of it counts as zero (norms.py)."""
+        """The norm of R, and what of R counts (norms.py)."""
         return gauge(R, "rank" in group, self.mask_null)
 
     def apply(
@@ -323,13 +324,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         group: dict[str, Any],
         p: Tensor,
         R: Tensor,
-        zero: Tensor,
+        live: Tensor,
         factor: Tensor | None = None,
         use: Tensor | None = None,
     ) -> None:
         """Update p from its low-rank gradient R (r, k), or from its gradient if it is dense; R is used up.
 
-        zero: bool tensor that broadcasts to R; where it is True, R counts as zero. factor: 0-d, multiplies R.
+        live: bool tensor that broadcasts to R; where it is False, R counts as zero. factor: 0-d, multiplies R.
         use: 0-d bool tensor on p's device. If it is False, and R zero, weight, moments and basis stay as they are; only the
         count of steps, which the host keeps too, goes on.
         """
@@ -359,7 +360,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             Q=Q,
             size=size,
             keep=keep,
-            zero=zero,
+            live=live,
             factor=factor,
             use=use,
             generator=generator,

@@ -84,14 +84,14 @@ def captured_energy(A: Tensor, Q: Tensor) -> Tensor:
     return project(A.float(), Q.float()).square().sum((-2, -1)) / total.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def null_directions(row_norms: Tensor, dtype: torch.dtype) -> Tensor:
-    """Which rows of a low-rank gradient of `dtype` hold nothing but rounding noise, from the norms of its rows (..., r).
+def live_directions(row_norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which rows of a low-rank gradient of `dtype` hold more than rounding noise, from the norms of its rows (..., r).
 
     With fewer tokens than r behind a gradient some rows of R are zero up to rounding, and Adam would turn that noise
-    into steps of full size. Row i is null when ||R_i|| < tau max_j ||R_j||, tau of the gradient's dtype: 4e-6 for fp32,
-    1e-3 for bf16, above the rounding noise of each. Rows with nan or inf are not, for the caller to see. No host sync.
+    into steps of full size. Row i is live when ||R_i|| > tau max_j ||R_j||, tau of the gradient's dtype: 4e-6 for fp32,
+    1e-3 for bf16, above the rounding noise of each. None is, where a norm is nan or inf. No host sync.
     """
-    return row_norms < NULL_TOLERANCE[dtype] * row_norms.amax(-1, keepdim=True)
+    return row_norms > NULL_TOLERANCE[dtype] * row_norms.amax(-1, keepdim=True)
 
 
 def orthonormalize(Y: Tensor) -> Tensor:

@@ -196,7 +196,7 @@ class Store:
         store.save(state, moments)
 
     Where R is large (an embedding), so are its fp32 moments. A rule that works element by element can do the same with
-    `store.part(state, start, length)` and that part of R, some rows (columns, if transposed) at a time.
+    `store.part(state, start, length)` and that part of R along `store.dim(state, R)`.
 
     bits=None with `transposed` means the same tensors as without, so that all of this works for every state.
 
@@ -249,29 +249,31 @@ class Store:
 
     def load(self, state: State, shape: Sequence[int]) -> State:
         """All of `state` as a rule wants it: moments in codes read as fp32, everything else as it is."""
+        if self.bits is None:
+            return state
         kept = {key: value for key, value in state.items() if not key.endswith((".codes", ".scale"))}
-        return kept | {name: self.read(state, name, shape) for name in _coded(state)}
+        return kept | {name: self.read(state, name, shape) for name in self._coded(state)}
 
     def save(self, state: State, moments: State, use: Tensor | None = None) -> None:
         """Write back what `load` returned and a rule changed in place; `use` as for `write`."""
-        for name in _coded(state):
+        for name in self._coded(state):
             self.write(state, name, moments[name], use)
 
+    def dim(self, state: State, R: Tensor) -> int:
+        """Along which dimension of R (not 0-d) parts are cut: its rows, or those of its moments, as they lie in memory."""
+        return -1 if R.ndim == 1 or (self.transposed and self._coded(state)) else -2
+
     def part(self, state: State, start: int, length: int) -> State:
-        """Views of some rows (columns, if transposed; elements of a vector) of every moment, for a rule that works element by
-        element."""
+        """Views of some rows (elements of a vector) of every moment, codes or not, for a rule that works element by element."""
 
         def cut(key: str, X: Tensor) -> Tensor:
-            if key.removesuffix(".codes").removesuffix(".scale") not in SIGNED:
-                return X
-            by_columns = X.ndim == 1 or (self.transposed and key in SIGNED)  # codes of R lie as (k, r)
-            return X.narrow(-1 if by_columns else -2, start, length)
+            moment = key.removesuffix(".codes").removesuffix(".scale") in SIGNED
+            return X.narrow(-1 if X.ndim == 1 else -2, start, length) if moment else X
 
         return {key: cut(key, X) for key, X in state.items()}
 
-
-def _coded(state: State) -> list[str]:
-    return [name for name in SIGNED if f"{name}.codes" in state]
+    def _coded(self, state: State) -> list[str]:
+        return [] if self.bits is None else [name for name in SIGNED if f"{name}.codes" in state]
 
 
 # ------------------------------------------------------------------------------------------ stochastic rounding

@@ -33,6 +33,10 @@ class Rule(Protocol):
     A rule may have a method `at(step, dtype)`, whose result `update` then gets for `step`: what depends on the step alone, a
     number here, in the dtype of the arithmetic, computed once for all parts. It returns tensors: a number that changes from step
     to step would have a compiled sweep compiled again at every step.
+
+    A rule may have methods `fuses(state)`, whether a kernel of torch's own makes one pass of `update` for such a state, and
+    `update_(R, state, step, use)`, which then turns R into U in place. R and the moments are of the dtype of the arithmetic, and
+    lie in memory in one piece and alike; `step` is the 0-d tensor.
     """
 
     def init(self, R: Tensor) -> State:
@@ -95,6 +99,34 @@ class Adam:
         if self.uncorrected_eps:
             return (m / v.sqrt().add_(self.eps)).mul_(correction2 / correction1)
         return (m / (v.sqrt() / correction2).add_(self.eps)).div_(correction1)
+
+    def fuses(self, state: State) -> bool:
+        return (
+            self.bias_correction
+            and not self.uncorrected_eps
+            and all(
+                X.device.type in ("cpu", "cuda") and X.dtype in (torch.float32, torch.float64) for X in state.values()
+            )
+        )
+
+    def update_(self, R: Tensor, state: State, step: Tensor, use: Tensor | None = None) -> None:
+        # torch's kernel for W <- (1 - lr decay) W - lr U, with R for W too, and lr = decay = -1.
+        torch._fused_adamw_(
+            [R],
+            [R],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [step.to(R.device, torch.float32, non_blocking=True)],
+            lr=-1.0,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=-1.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+            found_inf=None if use is None else (~use).float(),  # 1: everything stays as it is
+        )
 
 
 @dataclass(frozen=True)

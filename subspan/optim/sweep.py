@@ -29,25 +29,63 @@ OWN = ("step", *Timetable.KEYS, "basis", "basis.codes", "basis.scale")
 """State that is the optimizer's: no sweep touches it."""
 
 
-def sweep(rule: Rule, store: Store, R: Tensor, state: State, step: Any, use: Tensor | None = None) -> Tensor:
-    """The direction U, fp32, of R's shape; brings the moments in `state`, kept as `store` says, forward by one step."""
+def sweep(
+    rule: Rule, store: Store, R: Tensor, state: State, step: Any, use: Tensor | None = None, spare: bool = False
+) -> Tensor:
+    """The direction U, fp32 or wider, of R's shape; brings the moments in `state`, kept as `store` says, forward by one step.
+
+    step: 1 at the first update, or what the rule's `at` made of it.
+    spare: nobody needs R any more, which may become U.
+    """
     moments = store.load(state, R.shape)
-    U = rule.update(R, moments, step, use)
+    own = {key: X for key, X in moments.items() if key not in OWN}
+    dtype = torch.promote_types(R.dtype, torch.float32)
+    if _fuses(rule, R, own):
+        U = R if spare and R.dtype == dtype else R.to(dtype, copy=True)
+        tensors = {"": U, **own}
+        if not U.is_contiguous():
+            tensors = {key: X.mT for key, X in tensors.items()}
+        rule.update_(tensors.pop(""), tensors, moments["step"], use)  # type: ignore[attr-defined]
+    else:
+        U = rule.update(R, moments, _at(rule, step, R, state), use)
     store.save(state, moments, use)
     return U
 
 
-def compiled_sweep(rule: Rule, store: Store, R: Tensor, state: State, step: Any, use: Tensor | None = None) -> Tensor:
+def _at(rule: Rule, step: Any, R: Tensor, state: State) -> Any:
+    """What `Rule.update` wants for `step`."""
+    if not isinstance(step, int):
+        return step
+    return rule.at(step, torch.promote_types(R.dtype, torch.float32)) if hasattr(rule, "at") else state["step"]
+
+
+def _fuses(rule: Rule, R: Tensor, moments: State) -> bool:
+    """Whether the rule's own kernel will do: see `Rule`."""
+    tensors = R, *moments.values()
+    return (
+        not torch.compiler.is_compiling()
+        and hasattr(rule, "fuses")
+        and rule.fuses(moments)
+        and all(X.dtype == torch.promote_types(R.dtype, torch.float32) for X in moments.values())
+        and (all(X.is_contiguous() for X in tensors) or (R.ndim > 1 and all(X.mT.is_contiguous() for X in tensors)))
+    )
+
+
+def compiled_sweep(
+    rule: Rule, store: Store, R: Tensor, state: State, step: Any, use: Tensor | None = None, spare: bool = False
+) -> Tensor:
     """`sweep` in one pass. Equal up to the rounding of fused arithmetic, which may move a code to its neighbour.
 
-    Eager, and said once, where torch.compile finds no compiler; eager for scalars, for parts whose codes do not lie in one piece
-    (of a batch of matrices), and for rules that keep some moments in codes and some not.
+    By the rule's own kernel where it has one (`Rule`). Eager, and said once, where torch.compile finds no compiler; eager
+    for scalars, for parts whose codes do not lie in one piece (of a batch of matrices), and for rules that keep some moments in
+    codes and some not.
     """
     moments = {key: X for key, X in state.items() if key not in OWN}
     coded = any(key.endswith(".codes") for key in moments)
     in_one_piece = all(key.endswith((".codes", ".scale")) and X.is_contiguous() for key, X in moments.items())
-    if R.ndim == 0 or (coded and not in_one_piece):
-        return sweep(rule, store, R, state, step, use)
+    if R.ndim == 0 or (coded and not in_one_piece) or (not coded and _fuses(rule, R, moments)):
+        return sweep(rule, store, R, state, step, use, spare)
+    step = _at(rule, step, R, state)
     if not coded:
         if R.is_contiguous() and all(X.is_contiguous() and X.shape == R.shape for X in moments.values()):
             flat = {key: X.view(-1) for key, X in moments.items()}  # one dimension is checked faster than two

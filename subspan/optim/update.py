@@ -1,17 +1,18 @@
 """One update of one weight, part by part: what a step holds beside weight, gradient and state is a few parts, not a matrix.
 
-A part is some columns of R (r, k), and so of orient(W) (d, k), or some rows of a dense weight: about 2^18 values on a CPU,
-where products of that size run as fast as one of the whole matrix, and 2^22 elsewhere, where each part costs launches. For
-every part:
+A part is some rows of R as its moments lie, contiguous and about 2^18 values on a CPU, which stay in cache between two passes,
+and 2^22 elsewhere, where each part costs launches. First the rule, for every part, then the weight:
 
-    U = sweep(R, moments)             (r, c), sweep.py
-    W <- keep W - size orient(Q U)    in W's own dtype by one in-place product, or in fp32 and rounded at random
+    R <- sweep(R, moments)            (r, k), sweep.py: the direction U takes R's place and dtype
+    W <- keep W - size orient(Q R)    one product in place; by parts where W is rounded at random
 
-Rules that need all of R at once (Adafactor) get all of it; then only the last line goes by parts.
+The gradient of a dense parameter stays as it is, so each part moves its rows of W at once. Rules that need all of R together
+(Adafactor) get all of it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -23,6 +24,14 @@ from subspan.optim.projectors import Side, orient, project_back
 from subspan.optim.quant import State, Store, stochastic_round
 from subspan.optim.rules import Rule
 from subspan.optim.sweep import compiled_sweep, sweep
+
+WHOLE_NUMBERS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+"""Of the same size."""
 
 
 def update_weight(
@@ -37,7 +46,7 @@ def update_weight(
     Q: Tensor | None,
     size: float,
     keep: float,
-    zero: Tensor,
+    live: Tensor,
     factor: Tensor | None = None,
     use: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -47,36 +56,55 @@ def update_weight(
 
     W: weight, a matrix or a batch of matrices (..., m, n), of any shape if it is dense.
     count: of this step, 1 at the first update; state["step"] as the host knows it.
-    R: low-rank gradient (..., r, k), with basis Q (..., d, r) of W's dtype on `side`; of a dense W (side, Q None) its gradient.
-        It is changed in place: zero where `zero`, a bool tensor that broadcasts to it, says so, and times `factor`, 0-d.
+    R: low-rank gradient (..., r, k), with basis Q (..., d, r) of W's dtype on `side`; it is used up. Of a dense W (side, Q None)
+        its gradient, which only loses what `live`, a bool tensor that broadcasts to R, says is to count as zero, and is
+        multiplied by `factor`, 0-d.
     use: 0-d bool tensor on W's device. If it is False, and R zero, W and the moments stay as they are.
     generator: of the random bits with which bf16 and INT8 weights are rounded; None: bf16 is rounded to nearest.
     compiled: sweep in one pass, made by torch.compile, where the rule works by parts.
     """
-    step = state["step"]
+    move = functools.partial(_move, W, side=side, Q=Q, size=size, keep=keep, use=use, generator=generator)
     if not works_by_parts(rule) or R.ndim == 0:
         with mark("rule"):
-            U = rule.update(_clean(R, zero, factor), state, step, use)
-        U, W = (U, W) if R.ndim else (U.view(1), W.view(1))
-        for start, length in _parts(U, W, side):
-            with mark("apply"):
-                _move(W, U.narrow(_dim(side, U), start, length), start, side, Q, size, keep, use, generator)
-        return
-    at = rule.at(count, torch.promote_types(R.dtype, torch.float32)) if hasattr(rule, "at") else step
-    whole = R.shape[_dim(side, R)]
-    for start, length in _parts(R, W, side):
-        with mark("rule"):
-            part = state if length == whole else store.part(state, start, length)
-            r = _clean(R.narrow(_dim(side, R), start, length), zero, factor)
-            U = (compiled_sweep if compiled else sweep)(rule, store, r, part, at, use)
+            U = rule.update(_clean(R, live, factor), state, state["step"], use)
         with mark("apply"):
-            _move(W, U, start, side, Q, size, keep, use, generator)
+            move(U if use is None else U * use)
+        return
+    dim = store.dim(state, R)
+    whole = R.shape[dim]
+    for start, length in parts_of(R, dim):
+        with mark("rule"):
+            r, lives, part = R, live, state
+            if length < whole:
+                part = store.part(state, start, length)
+                r, lives = R.narrow(dim, start, length), _rows(live, dim, start, length)
+            _clean(r, lives, factor)
+            U = (compiled_sweep if compiled else sweep)(rule, store, r, part, count, use, side is not None)
+            U = U if use is None else U * use
+        if side is None:
+            with mark("apply"):
+                move(U, start)
+        elif length == whole:
+            R = U
+        elif U is not r:
+            r.copy_(U)
+    if side is not None:
+        with mark("apply"):
+            move(R)
 
 
-def _clean(R: Tensor, zero: Tensor, factor: Tensor | None) -> Tensor:
+def _clean(R: Tensor, live: Tensor, factor: Tensor | None) -> Tensor:
     if factor is not None:
         R.mul_(factor)  # nan, where the norm is: before the zeros
-    return R.masked_fill_(zero, 0)
+    # By its bits, since 0 nan is nan; masked_fill_ takes five times as long on a CPU.
+    R.view(WHOLE_NUMBERS[R.dtype]).mul_(live)
+    return R
+
+
+def _rows(live: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """What belongs to some rows of R: `live` itself if they share it."""
+    shared = live.ndim < -dim or live.shape[dim] == 1
+    return live if shared else live.narrow(dim, start, length)
 
 
 def parts_of(X: Tensor, dim: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
@@ -93,19 +121,11 @@ def works_by_parts(rule: Rule) -> bool:
     return getattr(rule, "elementwise", False)
 
 
-def _parts(X: Tensor, W: Tensor, side: Side | None) -> Iterator[tuple[int, int]]:
-    return parts_of(X, _dim(side, X), W.group_size if isinstance(W, Int8Weight) and side == "left" else 1)
-
-
-def _dim(side: Side | None, X: Tensor) -> int:
-    """Where a part is cut: columns of R and orient(W), rows of a dense gradient and weight."""
-    return -1 if side is not None or X.ndim == 1 else -2
-
-
 def _move(
     W: Tensor,
     U: Tensor,
-    start: int,
+    first: int = 0,
+    *,
     side: Side | None,
     Q: Tensor | None,
     size: float,
@@ -113,28 +133,32 @@ def _move(
     use: Tensor | None,
     generator: torch.Generator | None,
 ) -> None:
-    """Apply U (..., r, c), the direction of c columns of orient(W) or rows of a dense W, from `start` on."""
-    length = U.shape[_dim(side, U)]
-    dim = _dim(side, U) if side is None else (-1 if side == "left" else -2)  # in W itself
+    """W <- keep W - size orient(Q U), or keep W - size U of a dense W, of some of its rows from `first` on. U is zero, and W
+    stays as it is, where `use` is False."""
     decay = keep if use is None else torch.where(use, torch.full((), keep, device=U.device), 1.0)
-    if isinstance(W, Int8Weight) or (generator is not None and W.dtype == torch.bfloat16):
-        D = U if Q is None or side is None else orient(project_back(U.to(W.dtype), Q), side)
-        D = D if use is None else D * use
-        if isinstance(W, Int8Weight):  # what does not change keeps its codes
-            X = W.read_block(dim % 2, start, length)
-            W.write_block(dim % 2, start, X.mul_(decay).sub_(D, alpha=size), generator)
-        else:
-            part = W.narrow(dim, start, length)
-            part.copy_(stochastic_round(part.float().mul_(decay).sub_(D, alpha=size), generator=generator))
+    rounded = isinstance(W, Int8Weight) or (generator is not None and W.dtype == torch.bfloat16)
+    if Q is not None and side is not None and not rounded:
+        A = orient(W, side)
+        if use is not None and keep != 1:
+            A.mul_(decay)
+            keep = 1.0
+        (A.addmm_ if A.ndim == 2 else A.baddbmm_)(Q, U.to(A.dtype), beta=keep, alpha=-size)
         return
-    part = W.narrow(dim, start, length)
-    if use is not None:
-        part.mul_(decay)
-        U, keep = U * use, 1.0
-    if Q is None or side is None:
-        if keep != 1:
-            part.mul_(keep)
-        part.sub_(U, alpha=size)
-    else:
-        part = orient(part, side)
-        (part.addmm_ if part.ndim == 2 else part.baddbmm_)(Q, U.to(part.dtype), beta=keep, alpha=-size)
+    # Some columns of orient(W), some rows of a dense W: an fp32 copy, or one of the product, is of a part.
+    W, U = (W, U) if U.ndim else (W.view(1), U.view(1))
+    dim = -1 if side is not None or U.ndim == 1 else -2
+    dim_W = -2 if side == "right" else dim
+    multiple = W.group_size if isinstance(W, Int8Weight) and side == "left" else 1
+    for start, length in parts_of(U, dim, multiple):
+        D, start = U.narrow(dim, start, length), first + start
+        if Q is not None and side is not None:
+            D = orient(project_back(D.to(W.dtype), Q), side)
+        if isinstance(W, Int8Weight):
+            X = W.read_block(dim_W % 2, start, length)
+            W.write_block(dim_W % 2, start, X.mul_(decay).sub_(D, alpha=size), generator)  # what stays keeps its codes
+            continue
+        part = W.narrow(dim_W, start, length)
+        if rounded:
+            part.copy_(stochastic_round(part.float().mul_(decay).sub_(D, alpha=size), generator=generator))
+        else:
+            (part if keep == 1 else part.mul_(decay)).sub_(D, alpha=size)
