@@ -1,25 +1,30 @@
-"""Tokens a second of whole training steps: 8-bit GaLore beside fused AdamW and other packages, refreshes included.
+"""Tokens a second of whole training steps: 8-bit GaLore beside AdamW and other packages, refreshes included.
 
     python benchmarks/end_to_end/run.py
-    python benchmarks/end_to_end/run.py --models '[llama-130m]' --steps 5
+    python benchmarks/end_to_end/run.py --models '[llama-130m]' --dtypes '[float32]'
 
-LLaMA in bf16 with 4,096 tokens a step, rank a quarter of the hidden size, T = 200. Every method has its own copy of the model,
-and they take turns, one step each, on the same batch. Leaves results/MODEL.json beside this file, where what is there is not
-run again, and writes README.md's table and end_to_end.png.
+LLaMA with 4,096 tokens a step, rank a quarter of the hidden size, T = 200. Forward and backward pass are the same for all, so
+they are timed once, several times over; then every optimizer in turn steps on the gradients that the last one left. A step's
+time is the median pass + the median step between refreshes + 1/200 of a refresh of all matrices: for subspan a warm one, for
+packages that take an SVD the time that galore-torch's first step spends in it. Leaves results/MODEL_DTYPE.json beside this
+file, where what is there is not run again, and writes README.md's table and end_to_end.png. A package that is not installed, or
+has no kernel for this machine, is listed with the reason.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import subspan
 from subspan.training.models import LLAMA, build_model
@@ -27,86 +32,151 @@ from subspan.training.models import LLAMA, build_model
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
-TOKENS, SEQ_LEN = 4096, 256
-BASE = "torch AdamW, fused"
+MODELS, DTYPES = ("llama-130m", "llama-350m"), ("float32", "bfloat16")
+TOKENS, SEQ_LEN, GAP = 4096, 256, 200
+BASE, OURS = "torch AdamW, fused", "subspan"
+
+Build = Callable[[nn.Module, int], torch.optim.Optimizer]
 
 
-def galore_torch(model: nn.Module, rank: int) -> torch.optim.Optimizer:
-    from galore_torch import GaLoreAdamW
-
-    names = {name for name, _ in subspan.param_groups(model, rank=rank, verbose=False)[0]["params"]}
-    projected = [p for name, p in model.named_parameters() if name in names]
-    dense = [p for name, p in model.named_parameters() if name not in names]
-    group = {"params": projected, "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-    optimizer: torch.optim.Optimizer = GaLoreAdamW([{"params": dense}, group], lr=1e-4, no_deprecation_warning=True)
-    return optimizer
+def ours(**options: Any) -> Build:
+    return lambda model, rank: subspan.GaLoreAdamW(
+        subspan.param_groups(model, rank=rank, update_proj_gap=GAP, verbose=False), 1e-5, compile=True, **options
+    )
 
 
-def adamw8bit(model: nn.Module, rank: int) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
+def peer(
+    module: str, name: str, *, dense: bool = False, renamed: dict[str, Any] | None = None, **options: Any
+) -> Build:
+    """An optimizer of another package, with keys of the projected group changed or added as that package wants them."""
 
-    optimizer: torch.optim.Optimizer = AdamW8bit(model.parameters(), lr=1e-4)
-    return optimizer
+    def build(model: nn.Module, rank: int) -> torch.optim.Optimizer:
+        package = __import__(module, fromlist=[name])
+        if dense:
+            groups: list[Any] = [{"params": list(model.parameters())}]
+        else:
+            groups = [
+                {"params": [p for _, p in group["params"]]}
+                | ({"rank": rank, "update_proj_gap": GAP, "scale": 0.25, "proj_type": "std"} if "rank" in group else {})
+                | ((renamed or {}) if "rank" in group else {})
+                for group in subspan.param_groups(model, rank=rank, verbose=False)
+            ]
+        optimizer: torch.optim.Optimizer = getattr(package, name)(groups, lr=1e-5, **options)
+        return optimizer
+
+    return build
 
 
-def ours(model: nn.Module, rank: int) -> torch.optim.Optimizer:
-    groups = subspan.param_groups(model, rank=rank, update_proj_gap=200, verbose=False)
-    return subspan.GaLoreAdamW8bit(groups, 1e-4, gradients="project", compile=True)
-
-
-METHODS: dict[str, Callable[[nn.Module, int], torch.optim.Optimizer]] = {
-    BASE: lambda model, rank: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True),
-    "subspan, 8-bit GaLore": ours,
-    "bitsandbytes AdamW8bit": adamw8bit,
-    "galore-torch GaLoreAdamW": galore_torch,
+METHODS: dict[str, Build] = {
+    BASE: peer("torch.optim", "AdamW", dense=True, fused=True),
+    "torch AdamW, foreach": peer("torch.optim", "AdamW", dense=True, foreach=True),
+    f"{OURS}, 8-bit GaLore": ours(state_dtype=torch.int8),
+    f"{OURS}, GaLore": ours(),
+    "galore-torch GaLoreAdamW": peer("galore_torch", "GaLoreAdamW", no_deprecation_warning=True),
+    "pytorch-optimizer GaLore": peer("pytorch_optimizer", "GaLore", renamed={"projection_type": "std"}),
+    "fira FiraAdamW": peer("fira", "FiraAdamW", renamed={"alpha": 1.0}, no_deprecation_warning=True),
+    "apollo-torch APOLLOAdamW": peer(
+        "apollo_torch", "APOLLOAdamW", renamed={"proj": "random", "scale_type": "channel", "scale": 1.0}
+    ),
+    "bitsandbytes AdamW8bit": peer("bitsandbytes.optim", "AdamW8bit", dense=True),
+    "torchao AdamW8bit": peer("torchao.optim", "AdamW8bit", dense=True),
 }
+FINDS_BY_SVD = ("galore-torch", "pytorch-optimizer", "fira")
+"""Beginnings of the names of those whose refresh is an exact SVD of every matrix."""
 
 
-def one_step(model: Any, optimizer: torch.optim.Optimizer, batch: torch.Tensor, micro_batch: int) -> dict[str, float]:
-    """Seconds of a step, and of the optimizer's step() alone."""
+@contextlib.contextmanager
+def svd(exact: bool) -> Iterator[list[float]]:
+    """Seconds of every SVD taken; if they need not be exact, any orthonormal basis takes their place, in no time."""
+    seconds, real = [], torch.linalg.svd
+
+    def replaced(X: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        begin = time.perf_counter()
+        if exact:
+            U, S, Vh = real(X, full_matrices=full_matrices)
+        else:
+            least = min(X.shape)
+            U, Vh = torch.eye(X.shape[0], least), torch.eye(least, X.shape[1])
+            U, S, Vh = U.to(X.dtype), torch.ones(least), Vh.to(X.dtype)
+        seconds.append(time.perf_counter() - begin)
+        return U, S, Vh
+
+    torch.linalg.svd = replaced  # type: ignore[assignment]
+    try:
+        yield seconds
+    finally:
+        torch.linalg.svd = real
+
+
+def timed(work: Callable[[], Any]) -> float:
     begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def passes(model: Any, batch: Tensor, micro_batch: int) -> None:
+    """Forward and backward pass of a whole step; leaves the gradients."""
+    model.zero_grad()
     for part in batch.split(micro_batch):
         loss = model(input_ids=part, labels=part, use_cache=False).loss
         (loss * (len(part) / len(batch))).backward()
-    middle = time.perf_counter()
-    optimizer.step()
-    optimizer.zero_grad()
-    end = time.perf_counter()
-    return {"seconds": end - begin, "step": end - middle, "loss": loss.item()}
 
 
-def measure(name: str, methods: list[str], steps: int, micro_batch: int) -> dict[str, Any]:
+def measure(name: str, dtype: str, methods: list[str], steps: int, micro_batch: int) -> dict[str, Any]:
     rank = LLAMA[name]["hidden_size"] // 4
-    batch = torch.randint(32000, (TOKENS // SEQ_LEN, SEQ_LEN), generator=torch.Generator().manual_seed(0))
-    running, reasons = {}, {}
+    torch.manual_seed(0)
+    model = build_model(name, dtype=dtype, seq_len=SEQ_LEN).train()
+    batch = torch.randint(32000, (TOKENS // SEQ_LEN, SEQ_LEN))
+    result: dict[str, Any] = {"model": name, "dtype": dtype, "rank": rank, "threads": torch.get_num_threads()}
+    result |= {"passes": [timed(lambda: passes(model, batch, micro_batch)) for _ in range(steps + 1)][1:]}
+    result |= {"steps": {}, "refresh": {}, "reasons": {}}
     for method in methods:
-        torch.manual_seed(0)
-        model = build_model(name, dtype="bfloat16", seq_len=SEQ_LEN).train()
         try:
             optimizer = METHODS[method](model, rank)
-            one_step(model, optimizer, batch, micro_batch)  # compiles, and pays galore-torch's SVDs of step 0
+            with svd(exact=method.startswith("galore-torch")) as seconds:
+                optimizer.step()  # the first: bases, and what is compiled
+            result["steps"][method] = [timed(optimizer.step) for _ in range(steps)]
         except Exception as error:
-            reasons[method] = f"{type(error).__name__}: {error}".splitlines()[0]
+            result["reasons"][method] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
-        running[method] = (model, optimizer)
-    seen: dict[str, list[dict[str, float]]] = {method: [] for method in running}
-    for _ in range(steps):
-        for method, (model, optimizer) in running.items():
-            seen[method].append(one_step(model, optimizer, batch, micro_batch))
-    return {"model": name, "rank": rank, "threads": torch.get_num_threads(), "steps": seen, "reasons": reasons}
+        if method.startswith("galore-torch"):
+            result["refresh"] |= {m: sum(seconds) for m in methods if m.startswith(FINDS_BY_SVD)}
+        if isinstance(optimizer, subspan.ProjectedOptimizer):
+            for group in optimizer.param_groups:
+                group["update_proj_gap"] = 1
+            before = optimizer.refresh_seconds
+            optimizer.step()
+            result["refresh"][method] = optimizer.refresh_seconds - before
+        print(name, dtype, method, f"{median(result['steps'][method]):.2f} s", flush=True)
+        del optimizer
+        gc.collect()
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+
+
+def seconds_of(result: dict[str, Any], method: str) -> tuple[float, float, float]:
+    """Of a step: forward and backward pass, optimizer between refreshes, its share of a refresh."""
+    refresh = result["refresh"].get(method, 0.0) / GAP
+    return median(result["passes"]), median(result["steps"][method]), refresh
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = ["| model | method | tokens/s over AdamW's | optimizer's step(), share of its step |", "|---|---|---|---|"]
+    lines = [
+        "| model | method | tokens/s over fused AdamW's | share of the optimizer's step() | of refreshes |",
+        "|---|---|---|---|---|",
+    ]
     for result in results:
-        base = median(step["seconds"] for step in result["steps"][BASE])
-        for method, steps in result["steps"].items():
-            whole, own = (median(step[key] for step in steps) for key in ("seconds", "step"))
-            lines.append(f"| {result['model']} | {method} | **{base / whole:.3f}** | {own / whole:.1%} |")
-        lines += [
-            f"| {result['model']} | {method} | does not run: {why} | |" for method, why in result["reasons"].items()
-        ]
-    return "\n".join(lines)
+        base = sum(seconds_of(result, BASE))
+        for method in result["steps"]:
+            model, step, refresh = seconds_of(result, method)
+            whole = model + step + refresh
+            name = f"**{method}**" if method.startswith(OURS) else method
+            cells = f"{base / whole:.3f} | {step / whole:.1%} | {refresh / whole:.2%}"
+            lines.append(f"| {result['model']}, {result['dtype']} | {name} | {cells} |")
+    reasons = {method: why for result in results for method, why in result["reasons"].items()}
+    return "\n".join(lines + [""] + [f"- {method} does not run: `{why}`" for method, why in reasons.items()])
 
 
 def draw(results: list[dict[str, Any]]) -> None:
@@ -115,42 +185,47 @@ def draw(results: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, ax = plt.subplots(figsize=(7, 3.5))
-    for i, method in enumerate(METHODS):
-        values = [
-            median(s["seconds"] for s in result["steps"][BASE]) / median(s["seconds"] for s in result["steps"][method])
-            if method in result["steps"]
-            else 0
-            for result in results
-        ]
-        ax.bar([x + 0.2 * i for x in range(len(results))], values, 0.2, label=method)
-    ax.set_xticks([x + 0.3 for x in range(len(results))], [result["model"] for result in results])
-    ax.set_ylabel("tokens/s over fused AdamW's")
-    ax.legend(fontsize=7)
+    figure, axes = plt.subplots(1, len(results), figsize=(3.4 * len(results) + 2, 4), sharey=True, squeeze=False)
+    for ax, result in zip(axes[0], results, strict=True):
+        names = [name for name in METHODS if name in result["steps"]][::-1]
+        base = sum(seconds_of(result, BASE))
+        ax.barh(
+            names,
+            [base / sum(seconds_of(result, name)) for name in names],
+            color=["#4c72b0" if name.startswith(OURS) else "#c0c0c0" for name in names],
+        )
+        ax.axvline(0.95, color="black", linewidth=0.8)
+        ax.set_title(f"{result['model']}, {result['dtype']}", fontsize=9)
+        ax.set_xlabel("tokens/s over fused AdamW's", fontsize=8)
     figure.tight_layout()
     figure.savefig(HERE / "end_to_end.png", dpi=120)
 
 
 def main(
-    models: list[str] | None = None, methods: list[str] | None = None, steps: int = 7, micro_batch: int = 4
+    models: list[str] | None = None,
+    dtypes: list[str] | None = None,
+    methods: list[str] | None = None,
+    steps: int = 5,
+    micro_batch: int = 4,
 ) -> None:
     """Measure what has no result yet, and write table and figure.
 
     Args:
         models: some of llama-130m, llama-350m; none: both
+        dtypes: of weights and arithmetic, some of float32, bfloat16; none: both
         methods: some of the methods, fused AdamW among them; none: all
-        steps: timed steps of each method, after one that is not
+        steps: timed passes, and timed steps of each method, after one that is not
         micro_batch: sequences in a forward and backward pass
     """
     RESULTS.mkdir(exist_ok=True)
-    names = ["llama-130m", "llama-350m"]
-    for name in models or names:
-        file = RESULTS / f"{name}.json"
-        if not file.exists():
-            result = measure(name, methods or list(METHODS), steps, micro_batch) | {"torch": torch.__version__}
-            file.write_text(json.dumps(result, indent=1) + "\n")
-            print(name, "done", flush=True)
-    results = [json.loads(file.read_text()) for file in (RESULTS / f"{name}.json" for name in names) if file.exists()]
+    for name in models or MODELS:
+        for dtype in dtypes or DTYPES:
+            file = RESULTS / f"{name}_{dtype}.json"
+            if not file.exists():
+                result = measure(name, dtype, methods or list(METHODS), steps, micro_batch)
+                file.write_text(json.dumps(result | {"torch": torch.__version__}, indent=1) + "\n")
+    files = [RESULTS / f"{name}_{dtype}.json" for name in MODELS for dtype in DTYPES]
+    results = [json.loads(file.read_text()) for file in files if file.exists()]
     readme = HERE / "README.md"
     new = f"\\1{table(results)}\n\\2"
     readme.write_text(re.sub(r"(<!-- table -->\n).*?(<!-- end -->)", new, readme.read_text(), flags=re.S))

@@ -29,14 +29,19 @@ def gauge(R: Tensor, projected: bool, mask_null: bool) -> tuple[Tensor, Tensor]:
 def row_norms(R: Tensor) -> Tensor:
     """Euclidean norms of the rows of R (..., r, k): (..., r), in fp32 or wider."""
     parts, dtype = list(parts_of(R, -1)), torch.promote_types(R.dtype, torch.float32)
+    turned = R.stride(-1) != 1  # it lies as (k, r): torch's norm along k then takes ten times as long
     whole: Tensor
-    if len(parts) == 1:
+    if len(parts) == 1 and not turned:
         whole = vector_norm(R, dim=-1, dtype=dtype)
         return whole
     norms = R.new_empty((len(parts), *R.shape[:-1]), dtype=dtype)
     for (start, length), norm in zip(parts, norms, strict=True):
-        vector_norm(R.narrow(-1, start, length), dim=-1, dtype=dtype, out=norm)
-    whole = vector_norm(norms, dim=0)
+        part = R.narrow(-1, start, length)
+        if turned:
+            torch.sum(part.to(dtype).square(), -1, out=norm)
+        else:
+            vector_norm(part, dim=-1, dtype=dtype, out=norm)
+    whole = norms.sum(0).sqrt_() if turned else vector_norm(norms, dim=0)
     return whole
 
 
