@@ -37,7 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from subspan.extras import require
 from subspan.memory import GIB, MemoryTable, count_memory
 from subspan.optim.optimizer import ProjectedOptimizer
-from subspan.optim.presets import FULL_RANK
+from subspan.optim.presets import FULL_GRADIENT, FULL_RANK
 from subspan.optim.quant import quantize
 from subspan.simulation import Cost, Phase, PhaseName, Trace, put_together, watch_passes, watch_update
 from subspan.training.config import OptimConfig, TrainConfig
@@ -165,9 +165,12 @@ def describe_optim(config: TrainConfig) -> str:
 
 
 def with_preset(optim: OptimConfig, preset: str, **changes: Any) -> OptimConfig:
-    """`optim` with another preset; what a full-rank one cannot have is dropped."""
-    dropped = {"projector": None, "basis_dtype": None} if preset in FULL_RANK else {}
-    return replace(optim, preset=preset, **{**changes, **dropped})  # type: ignore[arg-type]
+    """`optim` with another preset; what that one cannot have is dropped, projected gradients become full ones."""
+    if preset in FULL_RANK:
+        changes |= {"projector": None, "basis_dtype": None, "moments": None, "moments_gate": None}
+    if preset in FULL_GRADIENT and changes.get("gradients", optim.gradients) == "project":
+        changes["gradients"] = "hold"
+    return replace(optim, preset=preset, **changes)  # type: ignore[arg-type]
 
 
 def describe_cards(cards: Sequence[int]) -> str:

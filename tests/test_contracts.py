@@ -1,4 +1,4 @@
-"""Contracts of every combination: rules x projectors x state and basis dtypes x weights. A new row inherits them all."""
+"""Contracts of every combination: rules x projectors x combines x state and basis dtypes x weights. New rows inherit all."""
 
 from __future__ import annotations
 
@@ -43,11 +43,17 @@ WEIGHTS = {
     "column bf16": ((9, 1), torch.bfloat16),
     "fp64": ((5, 7), torch.float64),
 }
+COMBINES = {
+    "fira": subspan.Fira(),
+    "frugal": subspan.Frugal(),
+    "apollo": subspan.Apollo(),
+    "mini": subspan.Apollo("tensor"),
+}
 CASES = [
-    (rule, projector, state)
+    (rule, projector, state, "none")
     for rule, projector, state in itertools.product(RULES, PROJECTORS, STATES)
     if not (rule == "adafactor" and STATES[state][0] in LOW_BITS)  # refused, see test_optimizer.py
-]
+] + [("adam", "random", state, combine) for state, combine in itertools.product(STATES, COMBINES)]
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +61,14 @@ def _no_tensor_is_too_small_for_codes(monkeypatch):
     monkeypatch.setattr(quant, "MIN_ELEMENTS", 0)
 
 
-def build(rule, projector, state, shape, dtype):
+def build(rule, projector, state, combine, shape, dtype):
     p = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype))
     optimizer = subspan.ProjectedOptimizer(
         [{"params": [p], "rank": 4, "update_proj_gap": 3}],
         0.05,
         rule=RULES[rule],
         projector=PROJECTORS[projector],
+        combine=COMBINES.get(combine),
         state_dtype=STATES[state][0],
         basis_dtype=STATES[state][1],
         stochastic_rounding=True,
@@ -85,10 +92,10 @@ def gradients(shape, dtype, count):
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize(("rule", "projector", "dtypes"), CASES)
-def test_contract(rule, projector, dtypes, weight):
+@pytest.mark.parametrize(("rule", "projector", "dtypes", "combine"), CASES)
+def test_contract(rule, projector, dtypes, combine, weight):
     shape, dtype = WEIGHTS[weight]
-    p, optimizer = build(rule, projector, dtypes, shape, dtype)
+    p, optimizer = build(rule, projector, dtypes, combine, shape, dtype)
     rank = effective_rank(4, shape)
     d, k = orient(p, pick_side(shape)).shape
     state = optimizer.state[p]
@@ -126,7 +133,7 @@ def test_contract(rule, projector, dtypes, weight):
     assert not p.equal(start)
 
     # saved, loaded into a fresh optimizer, and continued: bit for bit
-    twin, other = build(rule, projector, dtypes, shape, dtype)
+    twin, other = build(rule, projector, dtypes, combine, shape, dtype)
     twin.data.copy_(previous)
     other.load_state_dict(optimizer.state_dict())
     for G in gradients(shape, dtype, 5):

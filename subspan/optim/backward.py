@@ -90,7 +90,7 @@ class Backward:
             )
         group = optimizer.group_of(p)
         R = optimizer.project(group, p)
-        norm, live = optimizer.gauge(group, R)
+        norm, live = optimizer.gauge(group, p, R)
         self.updated[p] = norm
         optimizer.apply(group, p, R, live, use=norm < math.inf)
         p.grad = None

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from subspan.optim.projectors import live_directions
-from subspan.optim.update import parts_of
+
+
+def parts_of(X: Tensor, dim: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """(start, length) of the parts along `dim` that X (1-d or more) is worked through in; starts are multiples of `multiple`."""
+    whole = X.shape[dim]
+    most = (2**18 if X.device.type == "cpu" else 2**22) * whole // max(X.numel(), 1)
+    length = max(most // multiple * multiple, multiple)
+    for start in range(0, whole, length):
+        yield start, min(length, whole - start)
 
 
 def gauge(R: Tensor, projected: bool, mask_null: bool) -> tuple[Tensor, Tensor]:

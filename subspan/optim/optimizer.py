@@ -6,7 +6,9 @@ For every parameter of a group with a `rank`, once a step (docs/theory.md; arXiv
     Q = projector.basis(G, ...)        (d, r)    only every `update_proj_gap` steps
     R = Q^T A                          (r, k)
     U = rule.update(R)                 (r, k)    moments live here
-    W <- (1 - lr decay) W - lr scale orient(Q U)          in place, part by part (update.py), no full-size temporary
+    W <- (1 - lr decay) W - lr scale orient(Q U)          in place (update.py), no full-size temporary
+
+or, with a `combine` (combine.py), orient(D) of D = combine(A, Q, R, U) (d, k) instead of orient(Q U).
 
 A group without a `rank` is dense: U = rule.update(G), W <- (1 - lr decay) W - lr U.
 
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from subspan.optim.backward import Backward, Gradients
 from subspan.optim.books import Bits
+from subspan.optim.combine import Combine
 from subspan.optim.groups import as_matrix, check_group, matrix_shape
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.marks import mark
@@ -33,6 +36,7 @@ from subspan.optim.norms import gauge, norm_of
 from subspan.optim.projectors import (
     Projector,
     SubspaceIteration,
+    align,
     effective_rank,
     orient,
     overlap,
@@ -43,6 +47,7 @@ from subspan.optim.projectors import (
 from subspan.optim.quant import Store, init_basis, read_basis, write_basis
 from subspan.optim.refresh import Refresh, Timetable
 from subspan.optim.rules import Adam, Rule
+from subspan.optim.sweep import OWN
 from subspan.optim.update import update_weight, works_by_parts
 
 Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor, Tensor]
@@ -67,6 +72,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         dense_rule: rule of dense parameters, such as Adafactor() for large embeddings; None: `rule`.
         projector: `SubspaceIteration()`, `SVD()`, `RandomizedSVD()`, `Random()`.
         refresh: see `Refresh`.
+        combine: what becomes of the part of a gradient outside the subspace: `Fira()`, `Frugal()`, `Apollo()`; None (GaLore): it
+            is left out. They need the full gradient, so not gradients="project".
         weight_decay: decoupled, as in torch.optim.AdamW: W <- (1 - lr decay) W before the update; `scale` does not touch it.
         decay_after_update: decay the new update as well, as galore_torch does.
         gradients: "hold", "project" or "update", see backward.py. In `project` full gradients are projected and freed during
@@ -105,6 +112,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         dense_rule: Rule | None = None,
         projector: Projector | None = None,
         refresh: Refresh | None = None,
+        combine: Combine | None = None,
         gradients: Gradients = "hold",
         weight_decay: float = 0.0,
         decay_after_update: bool = False,
@@ -137,6 +145,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 f"max_grad_norm={max_grad_norm!r} needs the norm of all gradients, which gradients='update' never sees "
                 "together: use gradients='project' or drop max_grad_norm"
             )
+        if combine is not None and gradients == "project":
+            raise ValueError(
+                f"combine={combine!r} needs full gradients, of which gradients='project' keeps projections: use "
+                "gradients='hold', or 'update' without micro-batches and clipping"
+            )
+        self.combine = combine
         self.rule = rule
         self.dense_rule = dense_rule
         self._memories = {
@@ -146,6 +160,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self.projector = SubspaceIteration() if projector is None else projector
         self.gradients = gradients
         refresh = Refresh() if refresh is None else refresh
+        if refresh.moments == "transport" and not hasattr(rule, "transport"):
+            raise ValueError(
+                f"moments='transport' needs a method `transport` of {type(rule).__name__}: use moments='keep'"
+            )
         self.refresh = replace(refresh, first=refresh.first or ("gradient" if gradients == "hold" else "random"))
         self.decay_after_update = decay_after_update
         self.max_grad_norm = max_grad_norm
@@ -209,6 +227,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 write_basis(state, random_basis(basis_shape, self._seed(p, 0), p.device))
             else:  # orthonormal from the start, although the first step replaces it
                 write_basis(state, torch.eye(*basis_shape[-2:], device=p.device).expand(basis_shape))
+            if self.combine is not None:
+                state |= self.combine.init(p.device)
         rule, store, dtype = self._memory(group)
         template = torch.empty(shape, dtype=dtype or p.dtype, device="meta")
         state.update(store.init(rule.init(template), p.device))
@@ -260,6 +280,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
                 live = live & (norm < math.inf)
             self.apply(group, p, R, live, factor)
+            if self.gradients == "update":
+                p.grad = None
         self.grad_norm = self._total(norms)
         self._end_step()
         return loss
@@ -315,9 +337,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             (X.addmm_ if X.ndim == 2 else X.baddbmm_)(left, right)
             return R
 
-    def gauge(self, group: dict[str, Any], R: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of R, and what of R counts (norms.py)."""
-        return gauge(R, "rank" in group, self.mask_null)
+    def gauge(self, group: dict[str, Any], p: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of what p is updated with, R or, with a combine, its gradient; and what of R counts (norms.py)."""
+        norm, live = gauge(R, "rank" in group, self.mask_null)
+        if self.combine is not None and "rank" in group:
+            assert p.grad is not None
+            norm = norm_of(p.grad)
+            live = live & (norm < math.inf)
+        return norm, live
 
     def apply(
         self,
@@ -344,18 +371,21 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         generator = None
         if isinstance(p, Int8Weight) or (self.stochastic_rounding and p.dtype == torch.bfloat16):
             generator = torch.Generator(device=p.device).manual_seed(self._rounding_seed(p))
-        W, side, Q = p, None, None
+        W, side, Q, combine, gradient = p, None, None, None, None
         if "rank" in group:
             W = as_matrix(p, group)
             side, Q = pick_side(W.shape, group["proj_type"]), self.basis(p, p.dtype)
             size *= group["scale"]
+            if self.combine is not None:
+                assert p.grad is not None
+                combine, gradient = self.combine, as_matrix(p.grad.contiguous(), group)
         update_weight(
             W,
             R,
             state,
             rule,
             store,
-            count=self._steps[p],
+            count=self._steps[p] - self._timetable.reset.get(p, 0),
             side=side,
             Q=Q,
             size=size,
@@ -364,6 +394,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             factor=factor,
             use=use,
             generator=generator,
+            combine=combine,
+            gradient=gradient,
             compiled=self.compile,
         )
 
@@ -382,9 +414,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 R = self.project(group, p, refresh)
             else:
                 continue
-            if self.gradients == "update" or (self.gradients == "project" and "rank" in group):
+            if self.gradients == "project" and "rank" in group:
                 p.grad = None
-            yield group, p, R, *self.gauge(group, R)
+            yield group, p, R, *self.gauge(group, p, R)
 
     @staticmethod
     def _total(norms: Sequence[Tensor]) -> Tensor:
@@ -423,15 +455,33 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if math.isfinite(largest) and largest > 0:
             rank = self.shapes(p)[0][-1]
             count = self._timetable.refreshes[p]
-            previous = self.basis(p) if count else None  # a random first basis knows nothing of the gradient
+            old = self.basis(p)
+            previous = old if count else None  # a random first basis knows nothing of the gradient
             side = pick_side(G.shape, group["proj_type"])
             new = self.projector.basis(G, side, rank, previous, self._seed(p, count + 1))
-            same = None
-            if previous is not None and self.refresh.adaptive is not None:
-                same = float(overlap(previous, new).mean())
+            if self.refresh.align:
+                new = align(new, old)
+            same = float(overlap(old, new).mean()) if self.refresh.needs_overlap else None
+            if self._steps[p]:
+                self._move_moments(group, p, new, old, same)
             write_basis(state, new)
-            self._timetable.found(p, state, self._steps[p], self._gap(p), same)
+            self._timetable.found(p, state, self._steps[p], self._gap(p), same if count else None)
         self.refresh_seconds += time.perf_counter() - begin
+
+    def _move_moments(self, group: dict[str, Any], p: Tensor, new: Tensor, old: Tensor, same: float | None) -> None:
+        """What becomes of moments in the basis `old` when `new` takes its place: see `Refresh`."""
+        how, state = self.refresh.moments, self.state[p]
+        if how in (None, "keep") or (self.refresh.gate is not None and same is not None and same <= self.refresh.gate):
+            return
+        rule, store, _ = self._memory(group)
+        moments = store.load(state, self.shapes(p)[1])
+        if how == "reset":
+            for name in moments.keys() - set(OWN):
+                moments[name].zero_()
+            self._timetable.reset_at(p, state, self._steps[p])
+        else:
+            rule.transport(moments, new.mT @ old, self._steps[p])  # type: ignore[attr-defined]
+        store.save(state, moments)
 
     def _seed(self, p: Tensor, refresh: int) -> int:
         """One seed for each (parameter, refresh), the same on every process and after a resume."""

@@ -1,20 +1,22 @@
 """Presets: ProjectedOptimizer with a rule, a few lines each.
 
 All take parameter groups (`param_groups(model, rank=...)`), the learning rate and `ProjectedOptimizer`'s own keywords
-(dense_rule, projector, refresh, gradients, weight_decay, max_grad_norm, state_dtype, dense_state_dtype, basis_dtype,
+(dense_rule, projector, refresh, combine, gradients, weight_decay, max_grad_norm, state_dtype, dense_state_dtype, basis_dtype,
 stochastic_rounding, compile).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from subspan.optim.combine import Apollo, Fira, Frugal
 from subspan.optim.optimizer import ProjectedOptimizer
-from subspan.optim.projectors import SVD
+from subspan.optim.projectors import SVD, Random
 from subspan.optim.refresh import Refresh
 from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
 
@@ -112,6 +114,28 @@ def paper(
     return ProjectedOptimizer(params, lr, rule=rule, **{**own, **kwargs})
 
 
+def fira(params: Iterable[Any], lr: float = 1e-2, **kwargs: Any) -> ProjectedOptimizer:
+    """Fira (arXiv 2410.01623): GaLore with AdamW, and the scaled residual (`combine.Fira`)."""
+    return GaLoreAdamW(params, lr, **{"combine": Fira(), **kwargs})
+
+
+def frugal(params: Iterable[Any], lr: float = 1e-3, **kwargs: Any) -> ProjectedOptimizer:
+    """FRUGAL (arXiv 2411.07837): AdamW in the subspace, signs outside of it, moments reset at refreshes. Groups want scale=1."""
+    refresh = kwargs.pop("refresh", None) or Refresh()
+    kwargs["refresh"] = replace(refresh, moments=refresh.moments or "reset")
+    return GaLoreAdamW(params, lr, **{"combine": Frugal(), **kwargs})
+
+
+def apollo(params: Iterable[Any], lr: float = 1e-2, **kwargs: Any) -> ProjectedOptimizer:
+    """APOLLO (arXiv 2412.05270): the gradient, each channel scaled as AdamW scales its projection. Groups want scale=1."""
+    return GaLoreAdamW(params, lr, **{"combine": Apollo(), "projector": Random(), **kwargs})
+
+
+def apollo_mini(params: Iterable[Any], lr: float = 1e-2, **kwargs: Any) -> ProjectedOptimizer:
+    """APOLLO-Mini: one scale for each matrix. Groups want rank=1 and scale=sqrt(128)."""
+    return GaLoreAdamW(params, lr, **{"combine": Apollo(by="tensor"), "projector": Random(), **kwargs})
+
+
 PRESETS: dict[str, Callable[..., ProjectedOptimizer]] = {
     "galore": GaLoreAdamW,
     "galore8bit": GaLoreAdamW8bit,
@@ -120,9 +144,19 @@ PRESETS: dict[str, Callable[..., ProjectedOptimizer]] = {
     "galore_adafactor": GaLoreAdafactor,
     "galore_lion": GaLoreLion,
     "galore_sgd": GaLoreSGD,
+    "fira": fira,
+    "frugal": frugal,
+    "apollo": apollo,
+    "apollo_mini": apollo_mini,
     "adamw": GaLoreAdamW,  # FULL_RANK: over param_groups(rank=None), every group dense
     "adamw8bit": GaLoreAdamW8bit,
 }
 
 FULL_RANK = ("adamw", "adamw8bit")
 """The presets that project nothing: baselines."""
+
+FULL_GRADIENT = ("fira", "frugal", "apollo", "apollo_mini")
+"""The presets that need the full gradient of what they project: not with gradients="project"."""
+
+SCALES = {"frugal": 1.0, "apollo": 1.0, "apollo_mini": math.sqrt(128)}
+"""The `scale` of their papers, where it is not GaLore's 0.25."""

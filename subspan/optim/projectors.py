@@ -78,6 +78,13 @@ def overlap(Q1: Tensor, Q2: Tensor) -> Tensor:
     return (Q1.mT.float() @ Q2.float()).square().sum((-2, -1)) / Q2.shape[-1]
 
 
+def align(new: Tensor, old: Tensor) -> Tensor:
+    """`new` (..., d, r) with the signs of columns changed so that none points away from the same column of `old`: what moments
+    mean hangs on signs, and those of an SVD are arbitrary."""
+    along = (new * old.to(new.dtype)).sum(-2, keepdim=True)
+    return torch.where(along < 0, -new, new)
+
+
 def captured_energy(A: Tensor, Q: Tensor) -> Tensor:
     """||Q^T A||_F^2 / ||A||_F^2 in [0, 1] (0 for A = 0): the share of the gradient that the basis sees."""
     total = A.float().square().sum((-2, -1))

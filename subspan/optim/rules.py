@@ -37,6 +37,9 @@ class Rule(Protocol):
     A rule may have methods `fuses(state)`, whether a kernel of torch's own makes one pass of `update` for such a state, and
     `update_(R, state, step, use)`, which then turns R into U in place. R and the moments are of the dtype of the arithmetic, and
     lie in memory in one piece and alike; `step` is the 0-d tensor.
+
+    A rule may have `transport(state, C, step)`: moments after `step` steps (a number) in a basis that was Q are moved, in place,
+    into the basis Q_new; C = Q_new^T Q (..., r, r), fp32.
     """
 
     def init(self, R: Tensor) -> State:
@@ -99,6 +102,18 @@ class Adam:
         if self.uncorrected_eps:
             return (m / v.sqrt().add_(self.eps)).mul_(correction2 / correction1)
         return (m / (v.sqrt() / correction2).add_(self.eps)).div_(correction1)
+
+    def transport(self, state: State, C: Tensor, step: int) -> None:
+        """LDAdam's (arXiv 2410.16103): m <- C m. E[R_i^2] of a turned R follows from variances and means: with m, v corrected for
+        their bias, v <- |(C o C) (v - m^2) + (C m)^2|, as if coordinates did not correlate."""
+        correction1, correction2 = (1 - beta**step if self.bias_correction else 1.0 for beta in self.betas)
+        m, v = (_compute(state[key]) for key in ("exp_avg", "exp_avg_sq"))
+        C = C.to(m.dtype)
+        moved = C @ m
+        spread = v / correction2 - (m / correction1).square_()
+        v = (C.square() @ spread).add_((moved / correction1).square_()).abs_().mul_(correction2)
+        state["exp_avg"].copy_(moved)
+        state["exp_avg_sq"].copy_(v)
 
     def fuses(self, state: State) -> bool:
         return (
@@ -179,6 +194,12 @@ class Adafactor:
         rms = torch.linalg.vector_norm(U) / math.sqrt(max(U.numel(), 1))
         return U.div_((rms / self.clip_threshold).clamp_min_(1.0))
 
+    def transport(self, state: State, C: Tensor, step: int) -> None:
+        """Second moments of rows as if they did not correlate: row <- (C o C) row; those of columns stay as they are."""
+        if "exp_avg_sq_row" in state:
+            row = state["exp_avg_sq_row"]
+            row.copy_((C.to(_compute(row).dtype).square() @ _compute(row).unsqueeze(-1)).squeeze(-1))
+
 
 @dataclass(frozen=True)
 class Lion:
@@ -201,6 +222,10 @@ class Lion:
         U = torch.lerp(m, R, 1 - beta1).sign_()
         state["exp_avg"].copy_(m.lerp_(R, _if(use, 1 - beta2, 0.0, R)))
         return U
+
+    def transport(self, state: State, C: Tensor, step: int) -> None:
+        """m <- C m."""
+        _turn(state["exp_avg"], C)
 
 
 @dataclass(frozen=True)
@@ -230,10 +255,20 @@ class SGDMomentum:
         state["momentum_buffer"].copy_(buf)
         return torch.add(R, buf, alpha=self.momentum) if self.nesterov else buf
 
+    def transport(self, state: State, C: Tensor, step: int) -> None:
+        """buf <- C buf."""
+        if self.momentum:
+            _turn(state["momentum_buffer"], C)
+
 
 def _if(use: Tensor | None, value: float, otherwise: float, R: Tensor) -> Any:
     """`value`, or `otherwise` if `use` is False: a number if there is no `use`, else a 0-d tensor of R's dtype."""
     return value if use is None else torch.where(use, R.new_full((), value), otherwise)
+
+
+def _turn(moment: Tensor, C: Tensor) -> None:
+    X = _compute(moment)
+    moment.copy_(C.to(X.dtype) @ X)
 
 
 def _compute(X: Tensor) -> Tensor:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from subspan.optim.books import Bits
+from subspan.optim.combine import LIMITED
 from subspan.optim.quant import BLOCK_SIZE, State, Store
 from subspan.optim.refresh import Timetable
 from subspan.optim.rules import Rule
 
-OWN = ("step", *Timetable.KEYS, "basis", "basis.codes", "basis.scale")
+OWN = ("step", *Timetable.KEYS, LIMITED, "basis", "basis.codes", "basis.scale")
 """State that is the optimizer's: no sweep touches it."""
 
 
@@ -45,18 +46,20 @@ def sweep(
         tensors = {"": U, **own}
         if not U.is_contiguous():
             tensors = {key: X.mT for key, X in tensors.items()}
-        rule.update_(tensors.pop(""), tensors, moments["step"], use)  # type: ignore[attr-defined]
+        rule.update_(tensors.pop(""), tensors, torch.tensor(float(step)), use)  # type: ignore[attr-defined]
     else:
-        U = rule.update(R, moments, _at(rule, step, R, state), use)
+        U = rule.update(R, moments, _at(rule, step, R), use)
     store.save(state, moments, use)
     return U
 
 
-def _at(rule: Rule, step: Any, R: Tensor, state: State) -> Any:
+def _at(rule: Rule, step: Any, R: Tensor) -> Any:
     """What `Rule.update` wants for `step`."""
     if not isinstance(step, int):
         return step
-    return rule.at(step, torch.promote_types(R.dtype, torch.float32)) if hasattr(rule, "at") else state["step"]
+    if hasattr(rule, "at"):
+        return rule.at(step, torch.promote_types(R.dtype, torch.float32))
+    return torch.tensor(float(step))
 
 
 def _fuses(rule: Rule, R: Tensor, moments: State) -> bool:
@@ -85,7 +88,7 @@ def compiled_sweep(
     in_one_piece = all(key.endswith((".codes", ".scale")) and X.is_contiguous() for key, X in moments.items())
     if R.ndim == 0 or (coded and not in_one_piece) or (not coded and _fuses(rule, R, moments)):
         return sweep(rule, store, R, state, step, use, spare)
-    step = _at(rule, step, R, state)
+    step = _at(rule, step, R)
     if not coded:
         if R.is_contiguous() and all(X.is_contiguous() and X.shape == R.shape for X in moments.values()):
             flat = {key: X.view(-1) for key, X in moments.items()}  # one dimension is checked faster than two

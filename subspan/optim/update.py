@@ -6,20 +6,23 @@ and 2^22 elsewhere, where each part costs launches. First the rule, for every pa
     R <- sweep(R, moments)            (r, k), sweep.py: the direction U takes R's place and dtype
     W <- keep W - size orient(Q R)    one product in place; by parts where W is rounded at random
 
-The gradient of a dense parameter stays as it is, so each part moves its rows of W at once. Rules that need all of R together
-(Adafactor) get all of it.
+A combine (combine.py) needs R and U, and the gradient: U gets a place of its own, and the weight moves by parts. The gradient of
+a dense parameter stays as it is, so each part moves its rows of W at once. Rules that need all of R together (Adafactor) get all
+of it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from subspan.optim.combine import Combine
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.marks import mark
+from subspan.optim.norms import parts_of, row_norms
 from subspan.optim.projectors import Side, orient, project_back
 from subspan.optim.quant import State, Store, stochastic_round
 from subspan.optim.rules import Rule
@@ -50,6 +53,8 @@ def update_weight(
     factor: Tensor | None = None,
     use: Tensor | None = None,
     generator: torch.Generator | None = None,
+    combine: Combine | None = None,
+    gradient: Tensor | None = None,
     compiled: bool = False,
 ) -> None:
     """W <- keep W - size orient(Q rule(R)), or keep W - size rule(R) for a dense W; `state` is brought forward by one step.
@@ -61,36 +66,73 @@ def update_weight(
         multiplied by `factor`, 0-d.
     use: 0-d bool tensor on W's device. If it is False, and R zero, W and the moments stay as they are.
     generator: of the random bits with which bf16 and INT8 weights are rounded; None: bf16 is rounded to nearest.
+    combine: what becomes of the rest of W's `gradient` (as W is: (..., m, n)); None: it is left out, and not needed.
     compiled: sweep in one pass, made by torch.compile, where the rule works by parts.
     """
     move = functools.partial(_move, W, side=side, Q=Q, size=size, keep=keep, use=use, generator=generator)
+    direction = R if combine is None else None
     if not works_by_parts(rule) or R.ndim == 0:
         with mark("rule"):
-            U = rule.update(_clean(R, live, factor), state, state["step"], use)
-        with mark("apply"):
-            move(U if use is None else U * use)
-        return
-    dim = store.dim(state, R)
-    whole = R.shape[dim]
-    for start, length in parts_of(R, dim):
-        with mark("rule"):
-            r, lives, part = R, live, state
-            if length < whole:
-                part = store.part(state, start, length)
-                r, lives = R.narrow(dim, start, length), _rows(live, dim, start, length)
-            _clean(r, lives, factor)
-            U = (compiled_sweep if compiled else sweep)(rule, store, r, part, count, use, side is not None)
-            U = U if use is None else U * use
+            U = rule.update(_clean(R, live, factor), state, torch.tensor(float(count)), use)
+            direction = U if use is None else U * use
+    else:
+        dim = store.dim(state, R)
+        whole = R.shape[dim]
+        for start, length in parts_of(R, dim):
+            with mark("rule"):
+                r, lives, part = R, live, state
+                if length < whole:
+                    part = store.part(state, start, length)
+                    r, lives = R.narrow(dim, start, length), _rows(live, dim, start, length)
+                _clean(r, lives, factor)
+                spare = side is not None and combine is None
+                U = (compiled_sweep if compiled else sweep)(rule, store, r, part, count, use, spare)
+                U = U if use is None else U * use
+            if side is None:
+                with mark("apply"):
+                    move(U, start)
+            elif length == whole:
+                direction = U
+            elif U is not r:
+                direction = torch.empty_like(R) if direction is None else direction
+                direction.narrow(dim, start, length).copy_(U)
         if side is None:
-            with mark("apply"):
-                move(U, start)
-        elif length == whole:
-            R = U
-        elif U is not r:
-            r.copy_(U)
-    if side is not None:
-        with mark("apply"):
-            move(R)
+            return
+    with mark("apply"):
+        assert direction is not None
+        if combine is None or Q is None or side is None:
+            move(direction)
+        else:
+            assert gradient is not None
+            A = orient(gradient, side)
+            move(direction, lift=_combined(combine, Q, A, R, direction, live, factor, state, use), whole=A)
+
+
+def _combined(
+    combine: Combine,
+    Q: Tensor,
+    A: Tensor,
+    R: Tensor,
+    U: Tensor,
+    live: Tensor,
+    factor: Tensor | None,
+    state: State,
+    use: Tensor | None,
+) -> Callable[[int, int], Tensor]:
+    """What makes columns `start` to `start + length` of D."""
+    a, r, u = (row_norms(X.mT) for X in (A, R, U))
+    a = a if factor is None else a * factor
+    weights = combine.weights(a, r, u, (Q.shape[-2], Q.shape[-1]), state, use)
+    finite = live.any()  # or zero
+
+    def lift(start: int, length: int) -> Tensor:
+        G = A.narrow(-1, start, length)
+        G = (G.view(WHOLE_NUMBERS[G.dtype]) * finite).view(G.dtype)
+        G = G if factor is None else G.mul_(factor)
+        w = None if weights is None else weights.narrow(-1, start, length)
+        return combine.direction(Q, G, R.narrow(-1, start, length), U.narrow(-1, start, length), w)
+
+    return lift
 
 
 def _clean(R: Tensor, live: Tensor, factor: Tensor | None) -> Tensor:
@@ -105,15 +147,6 @@ def _rows(live: Tensor, dim: int, start: int, length: int) -> Tensor:
     """What belongs to some rows of R: `live` itself if they share it."""
     shared = live.ndim < -dim or live.shape[dim] == 1
     return live if shared else live.narrow(dim, start, length)
-
-
-def parts_of(X: Tensor, dim: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """(start, length) of the parts along `dim` that X (1-d or more) is worked through in; starts are multiples of `multiple`."""
-    whole = X.shape[dim]
-    most = (2**18 if X.device.type == "cpu" else 2**22) * whole // max(X.numel(), 1)
-    length = max(most // multiple * multiple, multiple)
-    for start in range(0, whole, length):
-        yield start, min(length, whole - start)
 
 
 def works_by_parts(rule: Rule) -> bool:
@@ -132,12 +165,14 @@ def _move(
     keep: float,
     use: Tensor | None,
     generator: torch.Generator | None,
+    lift: Callable[[int, int], Tensor] | None = None,
+    whole: Tensor | None = None,
 ) -> None:
     """W <- keep W - size orient(Q U), or keep W - size U of a dense W, of some of its rows from `first` on. U is zero, and W
-    stays as it is, where `use` is False."""
+    stays as it is, where `use` is False. lift: makes columns of D (d, k), of the shape of `whole`, instead of Q U."""
     decay = keep if use is None else torch.where(use, torch.full((), keep, device=U.device), 1.0)
     rounded = isinstance(W, Int8Weight) or (generator is not None and W.dtype == torch.bfloat16)
-    if Q is not None and side is not None and not rounded:
+    if Q is not None and side is not None and lift is None and not rounded:
         A = orient(W, side)
         if use is not None and keep != 1:
             A.mul_(decay)
@@ -149,10 +184,14 @@ def _move(
     dim = -1 if side is not None or U.ndim == 1 else -2
     dim_W = -2 if side == "right" else dim
     multiple = W.group_size if isinstance(W, Int8Weight) and side == "left" else 1
-    for start, length in parts_of(U, dim, multiple):
-        D, start = U.narrow(dim, start, length), first + start
-        if Q is not None and side is not None:
-            D = orient(project_back(D.to(W.dtype), Q), side)
+    for start, length in parts_of(U if whole is None else whole, dim, multiple):
+        if Q is None or side is None:
+            D = U.narrow(dim, start, length)
+        elif lift is None:
+            D = orient(project_back(U.narrow(dim, start, length).to(W.dtype), Q), side)
+        else:
+            D = orient(lift(start, length), side)
+        start += first
         if isinstance(W, Int8Weight):
             X = W.read_block(dim_W % 2, start, length)
             W.write_block(dim_W % 2, start, X.mul_(decay).sub_(D, alpha=size), generator)  # what stays keeps its codes

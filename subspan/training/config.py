@@ -13,10 +13,23 @@ from typing import Any, Literal, get_args
 
 from subspan.extras import require
 from subspan.optim.backward import Gradients
-from subspan.optim.presets import FULL_RANK
+from subspan.optim.presets import FULL_GRADIENT, FULL_RANK, SCALES
+from subspan.optim.refresh import Moments
 
 Preset = Literal[
-    "galore", "galore8bit", "qgalore", "paper", "galore_adafactor", "galore_lion", "galore_sgd", "adamw", "adamw8bit"
+    "galore",
+    "galore8bit",
+    "qgalore",
+    "paper",
+    "galore_adafactor",
+    "galore_lion",
+    "galore_sgd",
+    "fira",
+    "frugal",
+    "apollo",
+    "apollo_mini",
+    "adamw",
+    "adamw8bit",
 ]
 RuleName = Literal["adam", "adafactor", "lion", "sgd"]
 StateDtype = Literal["float32", "bfloat16", "int8", "int4"]
@@ -126,15 +139,16 @@ class OptimConfig:
 
     preset: Preset = "galore"
     """galore: Adam in the subspace, galore8bit: its moments in 8 bits, qgalore: weights in 8 and basis in 4 bits too, paper:
-    exactly the reference, galore_adafactor, galore_lion, galore_sgd; adamw, adamw8bit: full rank"""
+    exactly the reference, galore_adafactor, galore_lion, galore_sgd; fira, frugal, apollo, apollo_mini: the rest of the gradient
+    takes part too; adamw, adamw8bit: full rank"""
     lr: float = 0.01
     """peak learning rate"""
     dense_lr: float | None = None
     """peak learning rate of the parameters that are not projected; null: lr"""
     rank: int = 128
     """dimensions of the subspace, r"""
-    scale: float = 0.25
-    """factor on projected updates, the paper's alpha"""
+    scale: float | None = None
+    """factor on projected updates, the paper's alpha; null: the preset's, 0.25 for GaLore"""
     update_proj_gap: int = 200
     """steps between two refreshes of the subspace, the paper's T"""
     adaptive_refresh: float | None = None
@@ -145,8 +159,15 @@ class OptimConfig:
     """side of the matrix that is projected: std is the short one"""
     projector: ProjectorName | None = None
     """how the subspace is found; null: what the preset uses"""
-    gradients: Gradients = "project"
-    """hold: full gradients until the step, project: only their projections, update: none, the backward pass updates weights"""
+    moments: Moments | None = None
+    """of moments at a refresh: keep them, reset them, or transport them into the new subspace; null: what the preset does"""
+    moments_gate: float | None = None
+    """reset or transport moments only where old and new subspace overlap by more than this, 0 to 1; null: always"""
+    align: bool = False
+    """keep the signs of basis vectors across a refresh"""
+    gradients: Gradients | None = None
+    """hold: full gradients until the step, project: only their projections, update: none, the backward pass updates weights;
+    null: project, or hold where the preset needs the full gradient"""
     targets: list[str] | None = None
     """patterns of parameter names to project; null: the linear layers of attention and MLP"""
     betas: list[float] | None = None
@@ -175,6 +196,7 @@ class OptimConfig:
         _check_number("optim.lr", self.lr, above=0)
         _check_number("optim.dense_lr", self.dense_lr, above=0, optional=True)
         _check_whole("optim.rank", self.rank, minimum=1)
+        self.scale = SCALES.get(self.preset, 0.25) if self.scale is None else self.scale
         _check_number("optim.scale", self.scale)
         _check_whole("optim.update_proj_gap", self.update_proj_gap, minimum=1)
         _check_number("optim.adaptive_refresh", self.adaptive_refresh, at_least=0, below=1, optional=True)
@@ -186,7 +208,20 @@ class OptimConfig:
             )
         _check_choice("optim.proj_type", self.proj_type, ("std", "reverse_std", "left", "right"))
         _check_choice("optim.projector", self.projector, (None, *get_args(ProjectorName)))
+        _check_choice("optim.moments", self.moments, (None, *get_args(Moments)))
+        _check_number("optim.moments_gate", self.moments_gate, at_least=0, below=1, optional=True)
+        if self.moments_gate is not None and self.moments in (None, "keep"):
+            raise ValueError(
+                f"optim.moments_gate={self.moments_gate} says when moments are not kept: set optim.moments=transport, or drop it"
+            )
+        if self.gradients is None:
+            self.gradients = "hold" if self.preset in FULL_GRADIENT else "project"
         _check_choice("optim.gradients", self.gradients, get_args(Gradients))
+        if self.gradients == "project" and self.preset in FULL_GRADIENT:
+            raise ValueError(
+                f"optim.gradients=project keeps projections, and optim.preset={self.preset} needs full gradients: "
+                "use optim.gradients=hold, or update"
+            )
         _check_number("optim.weight_decay", self.weight_decay, at_least=0)
         _check_number("optim.eps", self.eps, at_least=0, optional=True)
         _check_number("optim.max_grad_norm", self.max_grad_norm, at_least=0, optional=True)
@@ -206,6 +241,7 @@ class OptimConfig:
             ("eps", self.eps, {*get_args(Preset)} - {"galore_lion", "galore_sgd"}),
             ("projector", self.projector, {*get_args(Preset)} - {*FULL_RANK}),
             ("basis_dtype", self.basis_dtype, {*get_args(Preset)} - {*FULL_RANK}),
+            ("moments", self.moments, {*get_args(Preset)} - {*FULL_RANK}),
         ):
             if value is not None and self.preset not in presets:
                 raise ValueError(

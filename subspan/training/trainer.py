@@ -58,6 +58,8 @@ PROJECTORS = {"subspace_iteration": SubspaceIteration, "svd": SVD, "randomized_s
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """The optimizer of `config.optim` over the parameter groups of `model`."""
     optim = config.optim
+    assert optim.scale is not None  # OptimConfig has filled it in
+    assert optim.gradients is not None
     groups = param_groups(
         model,
         rank=None if optim.preset in FULL_RANK else optim.rank,
@@ -83,7 +85,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         groups,
         optim.lr,
         weight_decay=optim.weight_decay,
-        refresh=Refresh(adaptive=optim.adaptive_refresh, max_gap=optim.max_update_proj_gap, seed=config.run.seed),
+        refresh=Refresh(
+            adaptive=optim.adaptive_refresh,
+            max_gap=optim.max_update_proj_gap,
+            moments=optim.moments,
+            gate=optim.moments_gate,
+            align=optim.align,
+            seed=config.run.seed,
+        ),
         gradients=optim.gradients,
         compile=optim.compile,
         **{key: value for key, value in given.items() if value is not None},
