@@ -161,6 +161,7 @@ def watch_update(model: nn.Module, optimizer: ProjectedOptimizer, p: Tensor, ref
         _Arrive.apply(p).backward()  # type: ignore[no-untyped-call]
 
     optimizer.refresh_due = lambda p: refresh  # type: ignore[method-assign]
+    optimizer._steps[p] = 1  # it has moments for a refresh to move
     with _few_parts(), live:
         first = most(arrive)
         waiting = live.now

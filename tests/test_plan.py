@@ -120,6 +120,9 @@ def check_optimizer_bytes(config: TrainConfig) -> None:
         {"preset": "qgalore", "gradients": "update", "checkpointing": True},
         {"preset": "paper", "gradients": "project", "accumulation": 3},
         {"preset": "adamw8bit", "gradients": "hold", "accumulation": 2},
+        {"preset": "fira", "gradients": "hold", "accumulation": 2},
+        {"preset": "apollo_mini", "gradients": "update", "rank": 1},
+        {"preset": "galore8bit", "gradients": "project", "moments": "transport"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
