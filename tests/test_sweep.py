@@ -86,7 +86,8 @@ def test_the_same_step(monkeypatch, graphs, kind, rule, state_dtype):
     monkeypatch.setattr(quant, "MIN_ELEMENTS", 0)
     monkeypatch.setitem(quant.BLOCK_SIZE, 8, 16)
     reference, expected = trained(SHAPES[kind], kind, rule=Formula() if rule == ADAM else rule, state_dtype=state_dtype)
-    for compile in (False, True):
+    for compile, devices in ((False, {"cpu"}), (True, {"cpu"}), (True, set())):  # codes outside and inside of the graph
+        monkeypatch.setattr(sweep, "DECODED", devices)
         p, optimizer = trained(SHAPES[kind], kind, rule=rule, state_dtype=state_dtype, compile=compile)
         coded = any(key.endswith(".codes") for key in optimizer.state[p])
         fused = rule == ADAM and not coded  # by torch's own kernel

@@ -92,18 +92,27 @@ def _quantize_into(
     n = X.shape[-1]
     b = _block(block_size, n)
     for x, c, s in _row_blocks(X, codes, scale):
-        blocks = _blocks(x.float().contiguous(), b)
-        absmax = blocks.abs().amax(-1)
-        safe = torch.where(absmax > 0, absmax, 1.0)  # of a block of zeros, and of one with a nan
-        nearest = nearest_codes(blocks / safe.unsqueeze(-1), name)
-        if name == "8 unsigned":
-            nearest = nearest.maximum((blocks > 0).int())  # code 0 is the value 0
-        nearest = nearest.flatten(-2)[..., :n]
-        if bits_of(name) == 4:
-            nearest = _pad(nearest, 2)
-            nearest = nearest[..., ::2] + 16 * nearest[..., 1::2]
-        c.copy_(nearest if use is None else torch.where(use, nearest, c.int()))
+        nearest, absmax = encode(_blocks(x.float().contiguous(), b), name)
+        write_codes(c, nearest.flatten(-2)[..., :n], bits_of(name), use)
         s.copy_(absmax if use is None else torch.where(use, absmax, s))
+
+
+def encode(blocks: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Nearest codes (..., b), int32, of blocks (..., b), contiguous fp32, and their scales (...)."""
+    absmax = blocks.abs().amax(-1)
+    safe = torch.where(absmax > 0, absmax, 1.0)  # of a block of zeros, and of one with a nan
+    nearest = nearest_codes(blocks / safe.unsqueeze(-1), name)
+    if name == "8 unsigned":
+        nearest = nearest.maximum((blocks > 0).int())  # code 0 is the value 0
+    return nearest, absmax
+
+
+def write_codes(codes: Tensor, nearest: Tensor, bits: int, use: Tensor | None = None) -> None:
+    """codes <- `nearest` (..., n), int32, packed; as they are if `use` is False."""
+    if bits == 4:
+        nearest = _pad(nearest, 2)
+        nearest = nearest[..., ::2] + 16 * nearest[..., 1::2]
+    codes.copy_(nearest if use is None else torch.where(use, nearest, codes.int()))
 
 
 def _blocks(X: Tensor, b: int) -> Tensor:

@@ -1,7 +1,8 @@
 """One sweep over a part of a parameter: read its moments, step the rule, write them back; eager, or compiled into one pass.
 
 Eager, every operation of the sweep is a pass over memory of its own. torch.compile makes one of them all: each value is
-read, decoded, stepped, encoded and written once.
+read, decoded, stepped, encoded and written once. On a CPU codes are looked up before and written after it: a part at a
+time, in cache, that takes less than decoding in a compiled loop.
 
 What is compiled sees one canonical form, so that a model of many shapes needs few graphs. Moments in codes lie as (rows, n).
 Where blocks of b values fill a row they are taken as (rows n / b, b), and the number of rows is dynamic: one graph for each
@@ -20,9 +21,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from subspan.optim.books import Bits
+from subspan.optim.books import Bits, book_name, values_of
 from subspan.optim.combine import LIMITED
-from subspan.optim.quant import BLOCK_SIZE, State, Store
+from subspan.optim.quant import BLOCK_SIZE, SIGNED, State, Store, encode, write_codes
 from subspan.optim.refresh import Timetable
 from subspan.optim.rules import Rule
 
@@ -121,6 +122,10 @@ def _columns(key: str, Y: Tensor, start: int, length: int, store: Store) -> Tens
     return Y.narrow(-1, start // block, -(-length // block))
 
 
+DECODED = {"cpu"}
+"""Devices on which codes are read and written by torch's own kernels: there a look-up takes a third of the arithmetic that stands
+in for it in a compiled loop, which converts bytes slowly, too."""
+
 _works = True
 _backend = "inductor"
 
@@ -132,7 +137,8 @@ def _one_pass(
     global _works
     if _works:
         try:
-            return _compile(cast("Hashable", rule), store.bits, b)(R, moments, step, use)
+            decoded = b is not None and R.device.type in DECODED
+            return _compile(cast("Hashable", rule), store.bits, b, decoded)(R, moments, step, use)
         except torch._dynamo.exc.TorchDynamoException as error:
             _works = False
             reason = " ".join(str(error).split("\n\n")[0].split())
@@ -143,16 +149,19 @@ def _one_pass(
 
 
 @functools.cache
-def _compile(rule: Rule, bits: Bits | None, b: int | None) -> Callable[..., Tensor]:
-    """A compiled function of its own for each block length b; one for all that is not in codes."""
+def _compile(rule: Rule, bits: Bits | None, b: int | None, decoded: bool) -> Callable[..., Tensor]:
+    """A compiled function of its own for each block length b; one for all that is not in codes. decoded: codes are read and
+    written outside of the graph."""
 
-    def whole(R: Tensor, state: State, step: Any, use: Tensor | None) -> Tensor:
+    def whole(R: Tensor, state: State, step: Any, use: Tensor | None) -> Any:
+        if decoded:
+            return _step_decoded(rule, R, state, step, use, bits)  # type: ignore[arg-type]
         return sweep(rule, Store(bits), R, state, step, use)
 
     # torch allows eight graphs for each code object, and the code of all these functions is one object but for this line.
     whole.__code__ = whole.__code__.replace()
     dynamic = True if b is None else None
-    compiled: Callable[..., Tensor] = torch.compile(whole, fullgraph=True, dynamic=dynamic, backend=_backend)
+    compiled: Callable[..., Any] = torch.compile(whole, fullgraph=True, dynamic=dynamic, backend=_backend)
     if b is None or bits is None:
         return compiled
     width = {".codes": -(-b * bits // 8), ".scale": 1}
@@ -160,11 +169,41 @@ def _compile(rule: Rule, bits: Bits | None, b: int | None) -> Callable[..., Tens
 
     def by_blocks(R: Tensor, state: State, step: Any, use: Tensor | None) -> Tensor:
         blocks = {key: Y.view(-1, width[key[key.rindex(".") :]]) for key, Y in state.items()}
+        inputs = {key: _decode(key, Y, bits, b) if decoded else Y for key, Y in blocks.items()}
         X, kind = R.view(-1, b), (R.dtype, use is None)
         if kind not in seen:  # marks cost more than the sweep of a small part, and matter to the first call alone
             seen.add(kind)
-            for Y in (X, *blocks.values()):
+            for Y in (X, *inputs.values()):
                 torch._dynamo.maybe_mark_dynamic(Y, 0)
-        return compiled(X, blocks, step, use).view(R.shape)
+        result = compiled(X, inputs, step, use)
+        if not decoded:
+            return cast("Tensor", result).view(R.shape)
+        U, codes = result
+        for key, nearest in codes.items():
+            write_codes(blocks[key], nearest, bits, use)
+        return cast("Tensor", U).view(R.shape)
 
     return by_blocks
+
+
+def _decode(key: str, Y: Tensor, bits: Bits, b: int) -> Tensor:
+    """Of codes (rows, ...) of blocks of b values their values in the book, (rows, b), fp32; a scale as it is."""
+    if key.endswith(".scale"):
+        return Y
+    return values_of(Y, book_name(bits, SIGNED[key.removesuffix(".codes")]))[:, :b].contiguous()
+
+
+def _step_decoded(
+    rule: Rule, R: Tensor, inputs: State, step: Any, use: Tensor | None, bits: Bits
+) -> tuple[Tensor, State]:
+    """`sweep` of blocks of values: R (rows, b), values in the book (rows, b) and scales (rows, 1), which are brought forward;
+    U, and the new codes, int32, not packed."""
+    names = [key.removesuffix(".codes") for key in inputs if key.endswith(".codes")]
+    moments = {name: inputs[f"{name}.codes"] * inputs[f"{name}.scale"] for name in names}
+    U = rule.update(R, moments, step, use)
+    codes = {}
+    for name in names:
+        codes[f"{name}.codes"], absmax = encode(moments[name], book_name(bits, SIGNED[name]))
+        scale = inputs[f"{name}.scale"]
+        scale.copy_(absmax.unsqueeze(-1) if use is None else torch.where(use, absmax.unsqueeze(-1), scale))
+    return U, codes
