@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.subcommand == "plan":
             plan_command(arguments.plan)
             return
+        if arguments.subcommand == "report":
+            report_command(arguments.report.run, arguments.report.figure)
+            return
         model = arguments.eval.model
         if (config := _run_config(model)) is not None:  # what the run did is the default of every option
             eval_parser.set_defaults(_eval_defaults(config))
@@ -111,6 +114,15 @@ def planned_and_measured(config: TrainConfig, vocab_size: int, summary: dict[str
     except Exception as error:  # a model of another kind than the planner knows: the run is over and good
         return f"{measured} (no plan: {one_line(error)})"
     return f"planned {plan.peak / 2**30:.3f} GiB of tensors at most, in {plan.peak_at}; {measured}"
+
+
+def report_command(run: str, figure: str | None) -> None:
+    """`subspan report`."""
+    from subspan.report import draw_refreshes
+
+    path = Path(figure) if figure else Path(run) / "refreshes.png"
+    draw_refreshes(Path(run), path)
+    print(f"{path}")
 
 
 def eval_command(config: TrainConfig | None, arguments: dict[str, Any]) -> None:
@@ -288,6 +300,15 @@ def _parsers() -> tuple[Any, Any]:
     )
     plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
 
+    report = new(
+        exit_on_error=False,
+        usage="subspan report RUN [--figure FILE]",
+        description="Draw what the refreshes of a run found, which was trained with --run.diagnostics true: captured energy, "
+        "angles between bases, stable ranks.",
+    )
+    report.add_argument("run", type=str, help="run folder")
+    report.add_argument("--figure", type=str | None, help=".png, .svg or .pdf file; RUN/refreshes.png without it")
+
     parser = new(
         prog="subspan",
         exit_on_error=False,
@@ -297,6 +318,7 @@ def _parsers() -> tuple[Any, Any]:
     commands.add_subcommand("train", train, help="train a model with a recipe")
     commands.add_subcommand("eval", evaluate, help="validation loss and perplexity of a run or a model")
     commands.add_subcommand("plan", plan, help="memory of a run, before it is started")
+    commands.add_subcommand("report", report, help="figures of a run")
     return parser, evaluate
 
 

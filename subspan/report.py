@@ -1,12 +1,16 @@
-"""Figures. The only module that draws."""
+"""Figures: of plans, and of what refreshes found in a run. The only module that draws."""
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from subspan.diagnostics import FIELDS
 from subspan.extras import require
 from subspan.memory import GIB
 from subspan.plan import CARDS, MemoryPlan, Planner, describe_run, with_preset
@@ -94,4 +98,39 @@ def draw_plans(plans: Mapping[str, MemoryPlan], path: Path, config: TrainConfig)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], frameon=False, ncols=2, loc="upper right", fontsize=8)
+    figure.savefig(path, dpi=160)
+
+
+def draw_refreshes(run: Path, path: Path) -> None:
+    """Write what the refreshes of a run folder found to a .png, .svg or .pdf file: every field over the steps, the median of
+    the matrices of each kind (q_proj, down_proj, ...).
+
+    Raises ValueError: the run has no diagnostics.
+    """
+    check_figure(path)
+    metrics = run / "metrics.jsonl"
+    if not metrics.is_file():
+        raise ValueError(f"{run} is no run folder, it has no metrics.jsonl: name the run.out of a training run")
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    found = [line for line in lines if "refreshes" in line]
+    if not found:
+        raise ValueError(f"{metrics} says nothing of refreshes: train with --run.diagnostics true")
+    series: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for line in found:
+        for row in line["refreshes"]:
+            kind = row["name"].removesuffix(".weight").rpartition(".")[2]
+            for field in FIELDS:
+                if row.get(field) is not None:
+                    series[field][kind][line["step"]].append(row[field])
+    figure = require("matplotlib.figure", "plan").Figure(figsize=(13, 6), layout="constrained")
+    axes = figure.subplots(2, 4).flat
+    for ax, (field, what) in zip(axes, FIELDS.items(), strict=True):
+        for kind, steps in series[field].items():
+            ax.plot(list(steps), [median(values) for values in steps.values()], ".-", markersize=3, label=kind)
+        ax.set_title(what, fontsize=8)
+        ax.set_xlabel("step", fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
     figure.savefig(path, dpi=160)

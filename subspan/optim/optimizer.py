@@ -250,6 +250,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         rank = 0 if "basis" in state else self.shapes(p)[0][-1]  # of codes, which may be one more than there are values
         return read_basis(state, rank, dtype or torch.float32)
 
+    def first_moment(self, p: Tensor) -> Tensor | None:
+        """exp_avg or momentum_buffer of p in fp32, (..., r, k) of a projected parameter: a copy; None if its rule has neither."""
+        group = self.group_of(p)
+        moments = self._memory(group)[1].load(self.state[p], self.shapes(p)[1] if "rank" in group else p.shape)
+        for name in ("exp_avg", "momentum_buffer"):
+            if name in moments:
+                return moments[name].float().clone()
+        return None
+
     def _memory(self, group: dict[str, Any]) -> tuple[Rule, Store, torch.dtype | None]:
         """The rule of a group's parameters, how their moments are stored, and the dtype of those that are not in codes."""
         return self._memories["rank" in group]

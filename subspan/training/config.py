@@ -287,6 +287,8 @@ class RunConfig:
     """CPU threads; null: torch's choice"""
     profile: int = 0
     """steps to profile, after the first three: where time goes, as a table, profile.json and trace.json in the run folder"""
+    diagnostics: bool = False
+    """write what every refresh finds to metrics.jsonl: captured energy, angles, stable ranks; `subspan report` draws it"""
 
     def __post_init__(self) -> None:
         _check_whole("run.steps", self.steps, minimum=1)
@@ -331,6 +333,11 @@ class TrainConfig:
             raise ValueError(
                 f"run.micro_batch={self.run.micro_batch} makes several backward passes of a step, and "
                 "optim.gradients=update takes one: use optim.gradients=project"
+            )
+        if self.run.diagnostics and (self.optim.gradients == "update" or self.optim.preset in FULL_RANK):
+            raise ValueError(
+                f"run.diagnostics=true reads gradients at refreshes, which optim.preset={self.optim.preset} with "
+                f"optim.gradients={self.optim.gradients} does not have: use optim.gradients=project or hold, or drop it"
             )
         if self.run.autocast and self.model.dtype == "bfloat16":
             raise ValueError("run.autocast=true does nothing for weights of model.dtype=bfloat16: drop one of them")

@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from subspan.diagnostics import FIELDS
 from subspan.extras import require
 
 
@@ -76,6 +77,15 @@ class RunLog:
     def evaluation(self, step: int, *, tokens: int, valid_loss: float, perplexity: float) -> None:
         self._write(step, {"tokens": tokens, "valid_loss": valid_loss, "perplexity": perplexity})
         self.say(f"step {step}: validation loss {valid_loss:.4f}, perplexity {perplexity:.2f}")
+
+    def refreshes(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """What diagnostics saw of the bases that changed in this step: one line for all, means in TensorBoard."""
+        self.metrics.write(json.dumps(json_ready({"step": step, "refreshes": rows})) + "\n")
+        if self.events:
+            for field in FIELDS:
+                values = [row[field] for row in rows if field in row]
+                if values:
+                    self.events.add_scalar(f"refresh/{field}", sum(values) / len(values), step)
 
     def sync(self) -> None:
         """Wait until all that was logged is on the disk: a checkpoint counts on it."""
@@ -151,6 +161,8 @@ def json_ready(value: Any) -> Any:
     """The same with None for numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [json_ready(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from subspan.diagnostics import Diagnostics
 from subspan.extras import require
 from subspan.memory import count_memory, peak_memory
 from subspan.optim.groups import describe_groups, param_groups
 from subspan.optim.marks import mark
+from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.presets import FULL_RANK, PRESETS
 from subspan.optim.projectors import SVD, Random, RandomizedSVD, SubspaceIteration
 from subspan.optim.refresh import Refresh
@@ -190,6 +192,7 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     checkpointer = Checkpointer(out / CHECKPOINTS, keep=run.keep_checkpoints, say=log.say)
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / "config.yaml")  # before all else: it makes the folder one that --resume auto knows
+    watch = Diagnostics(optimizer, model) if run.diagnostics and isinstance(optimizer, ProjectedOptimizer) else None
     profiler = StepProfiler(out, run.profile, device, log.say) if run.profile else None
     with log, profiler or nullcontext(), StopSignal(log.say) as stop:
 
@@ -248,6 +251,8 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                 # Before the sync: while an accelerator works on this step, the next one is made ready.
                 with mark("data"):
                     upcoming = draw()
+                if watch:
+                    watch.before()
                 # The only host sync of a step, refreshes aside.
                 norm = optimizer.prepare(loss) if hasattr(optimizer, "prepare") else gradient_norm(parameters)
                 loss_value, norm_value = torch.stack([loss, norm.to(device)]).tolist()
@@ -255,6 +260,7 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                 if finite:
                     _clip(optimizer, parameters, norm_value, config.optim.max_grad_norm)
                     optimizer.step()
+                rows = watch.after() if watch else []
                 optimizer.zero_grad()
 
             duration = time.perf_counter() - begin
@@ -276,6 +282,8 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                 seconds=progress.seconds,
                 skipped=progress.skipped,
             )
+            if rows:
+                log.refreshes(step, rows)
             if profiler:
                 profiler.step()
             if not finite:

@@ -1,0 +1,116 @@
+"""What refreshes find: how much of a gradient the old and the new basis hold, how far they lie apart, how many directions matter.
+
+    watch = Diagnostics(optimizer, model)
+    loss.backward()
+    watch.before()
+    optimizer.step()
+    rows = watch.after()        # one for each basis that changed, plain numbers
+
+Everything is read at refreshes, on what is there then: nothing is computed, and nobody waits, in a step without one. A
+gradient is kept until `after`, as `gradients="project"` would otherwise free it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspan.optim.groups import as_matrix
+from subspan.optim.int8 import Int8Weight
+from subspan.optim.optimizer import ProjectedOptimizer
+from subspan.optim.projectors import captured_energy, orient, overlap, pick_side, project
+
+FIELDS = {
+    "stale": "share of the gradient's energy in the old basis",
+    "captured": "share of the gradient's energy in the new basis",
+    "overlap": "overlap of old and new basis",
+    "median_angle": "median principal angle between them, degrees",
+    "largest_angle": "largest principal angle between them, degrees",
+    "stable_rank": "stable rank of the gradient",
+    "moment_stable_rank": "stable rank of the first moment",
+    "outside": "share of the update's energy outside of the new basis",
+}
+"""What a row says, besides the parameter's `name`. `moment_stable_rank` only where there is a first moment and it is not zero,
+`outside` only with a combine: without one it is 0. In bf16 weights `outside` holds their rounding too."""
+
+
+class Diagnostics:
+    """Watches the refreshes of `optimizer`; `model` gives the names.
+
+    Raises ValueError for gradients="update", which leaves no gradient to read.
+    """
+
+    def __init__(self, optimizer: ProjectedOptimizer, model: nn.Module) -> None:
+        if optimizer.gradients == "update":
+            raise ValueError(
+                "diagnostics read gradients before step(), and gradients='update' leaves none: use gradients='project' or 'hold'"
+            )
+        self.optimizer = optimizer
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        self._seen: list[tuple[Tensor, Tensor, Tensor, Tensor | None, float]] = []
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Keep what is needed of the parameters whose basis the coming step changes. Call it after the backward pass."""
+        optimizer = self.optimizer
+        self._seen = [
+            (
+                p,
+                p.grad,
+                optimizer.basis(p).clone(),
+                _values(p).clone() if optimizer.combine else None,
+                float(optimizer.state[p]["refreshes"]),
+            )
+            for group in optimizer.param_groups
+            if "rank" in group
+            for p in group["params"]
+            if p.grad is not None and optimizer.refresh_due(p)
+        ]
+
+    @torch.no_grad()
+    def after(self) -> list[dict[str, Any]]:
+        """A row of numbers for each of them whose basis did change. Call it after step()."""
+        rows = [
+            {"name": self.names[p], **self._row(p, G, old, W)}
+            for p, G, old, W, count in self._seen
+            if float(self.optimizer.state[p]["refreshes"]) > count
+        ]
+        self._seen = []
+        return rows
+
+    def _row(self, p: Tensor, G: Tensor, old: Tensor, W: Tensor | None) -> dict[str, float]:
+        group, new = self.optimizer.group_of(p), self.optimizer.basis(p)
+        G = as_matrix(G.contiguous(), group).float()
+        side = pick_side(G.shape, group["proj_type"])
+        A = orient(G, side)
+        angles = torch.linalg.svdvals(new.mT @ old).clamp(max=1.0).acos() * (180 / math.pi)
+        row = {
+            "stale": captured_energy(A, old),
+            "captured": captured_energy(A, new),
+            "overlap": overlap(new, old),
+            "median_angle": angles.median(),
+            "largest_angle": angles.max(),
+            # Its largest singular value is that of its projection, as far as the basis holds the leading direction.
+            "stable_rank": _stable_rank(project(A, new), A.square().sum((-2, -1))),
+        }
+        moment = self.optimizer.first_moment(p)
+        if moment is not None and bool(moment.any()):
+            row["moment_stable_rank"] = _stable_rank(moment, moment.square().sum((-2, -1)))
+        if W is not None:
+            keep = 1 - group["lr"] * group["weight_decay"]
+            D = orient(as_matrix(W * keep - _values(p), group), side)
+            row["outside"] = (1 - captured_energy(D, new)).clamp_min(0)
+        return {key: float(value.mean()) for key, value in row.items()}
+
+
+def _values(p: Tensor) -> Tensor:
+    return p.dequantize().float() if isinstance(p, Int8Weight) else p.detach().float()
+
+
+def _stable_rank(R: Tensor, energy: Tensor) -> Tensor:
+    """`energy` (a squared Frobenius norm) over the squared largest singular value of R (..., r, k), from R R^T (..., r, r)."""
+    largest: Tensor = torch.linalg.eigvalsh(R @ R.mT)[..., -1]
+    return energy / largest.clamp_min(torch.finfo(torch.float32).tiny)
