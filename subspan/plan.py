@@ -40,6 +40,7 @@ from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.presets import FULL_GRADIENT, FULL_RANK
 from subspan.optim.quant import quantize
 from subspan.simulation import Cost, Phase, PhaseName, Trace, put_together, watch_passes, watch_update
+from subspan.training.baselines import add_baseline
 from subspan.training.config import OptimConfig, TrainConfig
 from subspan.training.models import build_model
 from subspan.training.trainer import build_optimizer
@@ -234,7 +235,7 @@ class Planner:
     def _model(self, config: TrainConfig, lora: bool) -> tuple[str, nn.Module]:
         """The model on the meta device, with its name among the models."""
         wanted = replace(config.model, pretrained=False, activation_checkpointing=False)
-        adapters = config.optim.rank if lora else None
+        adapters = config.optim.rank if lora or wanted.baseline else None
         key = json.dumps([dataclasses.asdict(wanted), config.int8_weights, config.data.seq_len, adapters], default=str)
         if key not in self._models:
             model: nn.Module = build_model(
@@ -246,8 +247,10 @@ class Planner:
                 device="meta",
                 int8=config.int8_weights,
             )
-            if adapters:
-                model = _with_adapters(model, adapters)
+            if lora:
+                model = _with_adapters(model, config.optim.rank)
+            else:
+                add_baseline(model, config)
             self._models[key] = model.train()
         return key, self._models[key]
 
@@ -344,7 +347,7 @@ def _with_adapters(model: nn.Module, rank: int) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            peft = require("peft", "plan")
+            peft = require("peft", "baselines")
             settings = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
             adapted: nn.Module = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
             return adapted

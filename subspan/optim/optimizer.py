@@ -28,7 +28,7 @@ from torch import Tensor
 
 from subspan.optim.backward import Backward, Gradients
 from subspan.optim.books import Bits
-from subspan.optim.combine import Combine
+from subspan.optim.combine import LIMITED, Combine
 from subspan.optim.groups import as_matrix, check_group, matrix_shape
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.marks import mark
@@ -249,6 +249,16 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         state = self.state[p]
         rank = 0 if "basis" in state else self.shapes(p)[0][-1]  # of codes, which may be one more than there are values
         return read_basis(state, rank, dtype or torch.float32)
+
+    def forget(self, p: Tensor) -> None:
+        """Set p's moments and its count of steps to zero, in place, as if it had not been trained."""
+        state = self.state[p]
+        for name, X in state.items():
+            if name not in OWN or name in ("step", LIMITED):
+                X.zero_()
+        self._steps[p] = 0
+        if p in self._index:
+            self._timetable.forget(p, state)
 
     def first_moment(self, p: Tensor) -> Tensor | None:
         """exp_avg or momentum_buffer of p in fp32, (..., r, k) of a projected parameter: a copy; None if its rule has neither."""

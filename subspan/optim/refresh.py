@@ -125,6 +125,11 @@ class Timetable:
             self.stretch[p] *= 2
             state["stretch"].fill_(self.stretch[p])
 
+    def forget(self, p: Tensor, state: dict[str, Tensor]) -> None:
+        """Back to what `add` said."""
+        for key, value in self.add(p).items():
+            state[key].copy_(value)
+
     def reset_at(self, p: Tensor, state: dict[str, Tensor], step: int) -> None:
         """Note that p's moments begin anew after `step` steps."""
         self.reset[p] = step

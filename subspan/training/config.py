@@ -16,6 +16,7 @@ from subspan.optim.backward import Gradients
 from subspan.optim.presets import FULL_GRADIENT, FULL_RANK, SCALES
 from subspan.optim.refresh import Moments
 
+Baseline = Literal["lora", "relora", "factorized"]
 Preset = Literal[
     "galore",
     "galore8bit",
@@ -51,6 +52,19 @@ class ModelConfig:
     """keep the weights of attention and MLP in 8 bits; null: with optim.preset=qgalore. Gradients have model.dtype"""
     overrides: dict[str, Any] = field(default_factory=dict)
     """fields of the model's configuration to change, such as {hidden_size: 128}"""
+    baseline: Baseline | None = None
+    """lora: adapters beside frozen weights, relora: merged into them every so often, factorized: products of two thin weights;
+    at rank optim.rank, with optim.preset=adamw or adamw8bit"""
+    lora_alpha: float = 32.0
+    """adapters count alpha / rank times"""
+    lora_dropout: float = 0.0
+    """share of an adapter's input that is dropped in training"""
+    train_rest: bool = True
+    """with a baseline: train embeddings, norms and head too, as in pre-training"""
+    merge_every: int = 1000
+    """relora: steps between two merges of adapters into the weights"""
+    rewarm_steps: int = 50
+    """relora: steps over which the learning rate warms up again after a merge"""
     activation_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     compile: bool = False
@@ -58,6 +72,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _check_choice("model.baseline", self.baseline, (None, *get_args(Baseline)))
+        _check_number("model.lora_alpha", self.lora_alpha, above=0)
+        _check_number("model.lora_dropout", self.lora_dropout, at_least=0, below=1)
+        _check_whole("model.merge_every", self.merge_every, minimum=1)
+        _check_whole("model.rewarm_steps", self.rewarm_steps, minimum=0)
         if not self.name:
             raise ValueError("model.name is empty: use llama-9m or another name from `subspan train --help`")
         if self.pretrained and self.overrides:
@@ -334,6 +353,13 @@ class TrainConfig:
                 f"run.micro_batch={self.run.micro_batch} makes several backward passes of a step, and "
                 "optim.gradients=update takes one: use optim.gradients=project"
             )
+        if self.model.baseline and self.optim.preset not in FULL_RANK:
+            raise ValueError(
+                f"model.baseline={self.model.baseline} has thin weights of its own, which optim.preset={self.optim.preset} would "
+                "project: use optim.preset=adamw or adamw8bit"
+            )
+        if self.model.baseline and self.model.int8:
+            raise ValueError(f"model.int8=true and model.baseline={self.model.baseline} exclude each other: drop one")
         if self.run.diagnostics and (self.optim.gradients == "update" or self.optim.preset in FULL_RANK):
             raise ValueError(
                 f"run.diagnostics=true reads gradients at refreshes, which optim.preset={self.optim.preset} with "

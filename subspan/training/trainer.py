@@ -26,6 +26,7 @@ from subspan.optim.presets import FULL_RANK, PRESETS
 from subspan.optim.projectors import SVD, Random, RandomizedSVD, SubspaceIteration
 from subspan.optim.refresh import Refresh
 from subspan.optim.rules import Adafactor, Adam, Lion, Rule, SGDMomentum
+from subspan.training.baselines import add_baseline, merge, restart_adapters, restart_factor
 from subspan.training.checkpoint import Checkpointer, load
 from subspan.training.config import RunConfig, TrainConfig, save_config
 from subspan.training.data import StreamDataset, make_loader
@@ -136,6 +137,7 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
         device=device,
         int8=config.int8_weights,
     )
+    add_baseline(model, config)
     model.train()
     check_vocabulary(model, corpus.tokenizer)
     if config.model.activation_checkpointing:
@@ -232,7 +234,7 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
             begin = time.perf_counter()
             with mark("step"):
                 for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
-                    group["lr"] = peak * lr_factor(step, run)
+                    group["lr"] = peak * lr_factor(step, run) * restart_factor(step, config)
 
                 micro_batches, counts = upcoming
                 loss = torch.zeros((), device=device)
@@ -261,6 +263,8 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                     _clip(optimizer, parameters, norm_value, config.optim.max_grad_norm)
                     optimizer.step()
                 rows = watch.after() if watch else []
+                if config.model.baseline == "relora" and step % config.model.merge_every == 0 and step < run.steps:
+                    restart_adapters(model, optimizer, run.seed * 1_000_003 + step)
                 optimizer.zero_grad()
 
             duration = time.perf_counter() - begin
@@ -394,6 +398,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def _export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write what AutoModelForCausalLM and AutoTokenizer load, safetensors; generation then ends where the text did."""
+    merge(model)
     if model.config.eos_token_id is None:
         for config in (model.config, model.generation_config):
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
