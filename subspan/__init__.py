@@ -6,7 +6,7 @@ from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.presets import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreLion, GaLoreSGD, QGaLoreAdamW
 from subspan.optim.projectors import SVD, Random, RandomizedSVD, SubspaceIteration
 from subspan.optim.refresh import Refresh
-from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
+from subspan.optim.rules import Adafactor, Adam, Lion, Muon, SGDMomentum, SignSGD
 
 __version__ = "0.1.0"
 
@@ -23,12 +23,14 @@ __all__ = [
     "GaLoreLion",
     "GaLoreSGD",
     "Lion",
+    "Muon",
     "ProjectedOptimizer",
     "QGaLoreAdamW",
     "Random",
     "RandomizedSVD",
     "Refresh",
     "SGDMomentum",
+    "SignSGD",
     "SubspaceIteration",
     "describe_groups",
     "param_groups",

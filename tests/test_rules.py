@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
+import subspan
+from subspan.optim.rules import Adafactor, Adam, Lion, Muon, SGDMomentum, SignSGD
 
 
 def run(rule, gradients, dtype=torch.float32):
@@ -138,3 +139,60 @@ class TestEveryRule:
 def test_bad_hyperparameters_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_sign_sgd():
+    directions, state = run(SignSGD(), GRADIENTS)
+    assert all(U.equal(g.sign()) for U, g in zip(directions, GRADIENTS, strict=True))
+    assert state == {}
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 12, 20)])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_makes_momentum_nearly_orthogonal(shape, nesterov):
+    gradients = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    (*_, U), state = run(Muon(nesterov=nesterov), gradients)
+    factor = math.sqrt(max(1.0, shape[-2] / shape[-1]))
+    values = torch.linalg.svdvals(U / factor)
+    assert values.min() > 0.5  # the iteration is made for speed: singular values come near 1, not to it
+    assert values.max() < 1.3
+    buf = torch.zeros(shape)
+    for g in gradients:
+        buf = 0.95 * buf + 0.05 * g
+    torch.testing.assert_close(state["momentum_buffer"], buf)
+    # The singular vectors are those of the momentum: U^T B is symmetric and positive.
+    B = 0.05 * gradients[-1] + 0.95 * buf if nesterov else buf
+    polar = U.mT @ B if shape[-2] >= shape[-1] else U @ B.mT
+    torch.testing.assert_close(polar, polar.mT, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+@pytest.mark.parametrize("match_adam", [True, False])
+def test_muon_is_torchs_up_to_its_bfloat16(shape, match_adam):
+    p = torch.nn.Parameter(torch.zeros(shape))
+    theirs = torch.optim.Muon(
+        [p], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw" if match_adam else "original"
+    )
+    rule = Muon(match_adam=match_adam)
+    state, ours = rule.init(p.detach()), torch.zeros(shape)
+    for seed in range(3):
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        theirs.step()
+        ours -= rule.update(p.grad, state, torch.tensor(seed + 1.0))
+    assert (ours - p.detach()).norm() < 0.02 * p.detach().norm()
+
+
+def test_muon_is_for_matrices():
+    with pytest.raises(ValueError, match=r"Muon cannot step a parameter of shape \(5,\): set dense_rule=Adam"):
+        Muon().init(torch.zeros(5))
+    with pytest.raises(ValueError, match=r"momentum=1.0"):
+        Muon(momentum=1.0)
+
+
+def test_matrices_of_full_rank_have_the_rule_and_the_rest_the_dense_rule():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4))
+    groups = subspan.param_groups(model, rank=None, targets=["0.weight"], verbose=False)
+    assert [group.get("full_rank") for group in groups] == [True, None, None]
+    optimizer = subspan.ProjectedOptimizer(groups, 0.1, rule=Muon(), dense_rule=Adam())
+    assert set(optimizer.state[model[0].weight]) == {"step", "momentum_buffer"}
+    assert set(optimizer.state[model[1].weight]) == {"step", "exp_avg", "exp_avg_sq"}

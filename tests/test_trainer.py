@@ -35,6 +35,9 @@ PRESETS = {  # a learning rate at which 20 steps of each learn something
     "galore8bit": 0.02,
     "qgalore": 0.02,
     "adamw8bit": 0.01,
+    "adafactor": 0.01,
+    "muon": 0.02,
+    "sign_sgd": 0.003,
 }
 
 

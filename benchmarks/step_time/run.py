@@ -59,6 +59,8 @@ METHODS: dict[str, Callable[[Group], torch.optim.Optimizer]] = {
     f"{OURS}, fp32 state, eager": ours(),
     f"{OURS}, 8 bits": ours(compile=True, state_dtype=torch.int8),
     f"{OURS}, 8 bits, eager": ours(state_dtype=torch.int8),
+    f"{OURS}, Fira": ours(combine=subspan.Fira()),
+    f"{OURS}, APOLLO": ours(combine=subspan.Apollo(), projector=subspan.Random()),
     "galore-torch GaLoreAdamW": peer("galore_torch", "GaLoreAdamW", no_deprecation_warning=True),
     "galore-torch GaLoreAdamW8bit": peer("galore_torch", "GaLoreAdamW8bit"),
     "q-galore-torch": peer("q_galore_torch", "QGaLoreAdamW8bit"),

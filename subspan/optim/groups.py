@@ -47,7 +47,8 @@ def param_groups(
     stay dense; so does everything frozen stay out.
 
     Args:
-        rank: rank of the basis; None: nothing is projected, the full-rank baseline in the same three groups.
+        rank: rank of the basis; None: nothing is projected, the full-rank baseline in the same three groups. The first then has
+            full_rank=True: the optimizer's `rule` steps it, `dense_rule` the others.
         targets: regular expressions searched in parameter names, instead of the default. Each must match at least one
             trainable weight of two or more dimensions. A named embedding or head is projected too.
         views: regular expression -> "conv" (first dimension x the rest) or "batch" (stacked matrices), for weights of more
@@ -76,8 +77,7 @@ def param_groups(
         groups.append(
             {"params": params, "name": "projected" if view == "matrix" else f"projected ({view})", **_given(lr)}
         )
-        if rank is not None:
-            groups[-1] |= {"rank": rank, "view": view, **shared}
+        groups[-1] |= {"full_rank": True} if rank is None else {"rank": rank, "view": view, **shared}
     rest = [(name, p) for name, p in trainable if name not in chosen]
     groups.append({"params": [(n, p) for n, p in rest if p.ndim >= 2], "name": "dense", **_given(dense_lr)})
     vectors = [(n, p) for n, p in rest if p.ndim < 2]

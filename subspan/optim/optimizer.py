@@ -69,7 +69,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             "conv" (first dimension x the rest) or "batch" (leading dimensions are a batch of matrices).
         lr: learning rate, a float (a 0-d CPU tensor is accepted).
         rule: `Adam()`, `Adafactor()`, `Lion()`, `SGDMomentum()`.
-        dense_rule: rule of dense parameters, such as Adafactor() for large embeddings; None: `rule`.
+        dense_rule: rule of dense parameters, such as Adafactor() for large embeddings; None: `rule`, which always steps groups
+            with full_rank=True.
         projector: `SubspaceIteration()`, `SVD()`, `RandomizedSVD()`, `Random()`.
         refresh: see `Refresh`.
         combine: what becomes of the part of a gradient outside the subspace: `Fira()`, `Frugal()`, `Apollo()`; None (GaLore): it
@@ -154,8 +155,16 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self.rule = rule
         self.dense_rule = dense_rule
         self._memories = {
-            projected: (r, Store(LOW_BITS.get(dtype), projected), torch.float32 if dtype in LOW_BITS else dtype)  # type: ignore[arg-type]
-            for projected, r, dtype in ((True, rule, state_dtype), (False, dense_rule, dense_state_dtype))
+            kind: (
+                r,
+                Store(LOW_BITS.get(dtype), kind == "projected"),  # type: ignore[arg-type]
+                torch.float32 if dtype in LOW_BITS else dtype,
+            )
+            for kind, r, dtype in (
+                ("projected", rule, state_dtype),
+                ("full_rank", rule, state_dtype),
+                ("dense", dense_rule, dense_state_dtype),
+            )
         }
         self.projector = SubspaceIteration() if projector is None else projector
         self.gradients = gradients
@@ -271,7 +280,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _memory(self, group: dict[str, Any]) -> tuple[Rule, Store, torch.dtype | None]:
         """The rule of a group's parameters, how their moments are stored, and the dtype of those that are not in codes."""
-        return self._memories["rank" in group]
+        return self._memories["projected" if "rank" in group else "full_rank" if group.get("full_rank") else "dense"]
 
     # --------------------------------------------------------------------------------------------------- step
 

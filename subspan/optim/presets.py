@@ -18,7 +18,7 @@ from subspan.optim.combine import Apollo, Fira, Frugal
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.projectors import SVD, Random
 from subspan.optim.refresh import Refresh
-from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
+from subspan.optim.rules import Adafactor, Adam, Lion, Muon, SGDMomentum, SignSGD
 
 
 class GaLoreAdamW(ProjectedOptimizer):
@@ -136,6 +136,21 @@ def apollo_mini(params: Iterable[Any], lr: float = 1e-2, **kwargs: Any) -> Proje
     return GaLoreAdamW(params, lr, **{"combine": Apollo(by="tensor"), "projector": Random(), **kwargs})
 
 
+def adafactor(params: Iterable[Any], lr: float = 1e-3, **kwargs: Any) -> ProjectedOptimizer:
+    """Full-rank Adafactor without a first moment, with a given lr."""
+    return GaLoreAdafactor(params, lr, **kwargs)
+
+
+def muon(params: Iterable[Any], lr: float = 2e-2, **kwargs: Any) -> ProjectedOptimizer:
+    """Muon for the matrices of `param_groups(rank=None)`, AdamW for everything else, which wants a learning rate of its own."""
+    return ProjectedOptimizer(params, lr, rule=Muon(), **{"dense_rule": Adam(), **kwargs})
+
+
+def sign_sgd(params: Iterable[Any], lr: float = 1e-3, **kwargs: Any) -> ProjectedOptimizer:
+    """Signs of the gradient for the matrices of `param_groups(rank=None)`, AdamW for everything else: almost no state."""
+    return ProjectedOptimizer(params, lr, rule=SignSGD(), **{"dense_rule": Adam(), **kwargs})
+
+
 PRESETS: dict[str, Callable[..., ProjectedOptimizer]] = {
     "galore": GaLoreAdamW,
     "galore8bit": GaLoreAdamW8bit,
@@ -150,9 +165,12 @@ PRESETS: dict[str, Callable[..., ProjectedOptimizer]] = {
     "apollo_mini": apollo_mini,
     "adamw": GaLoreAdamW,  # FULL_RANK: over param_groups(rank=None), every group dense
     "adamw8bit": GaLoreAdamW8bit,
+    "adafactor": adafactor,
+    "muon": muon,
+    "sign_sgd": sign_sgd,
 }
 
-FULL_RANK = ("adamw", "adamw8bit")
+FULL_RANK = ("adamw", "adamw8bit", "adafactor", "muon", "sign_sgd")
 """The presets that project nothing: baselines."""
 
 FULL_GRADIENT = ("fira", "frugal", "apollo", "apollo_mini")

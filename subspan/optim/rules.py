@@ -9,6 +9,8 @@ References
     Adafactor   Shazeer and Stern, arXiv 1804.04235, without its relative step sizes and without a first moment
     Lion        Chen et al., arXiv 2302.06675
     SGDMomentum torch.optim.SGD
+    SignSGD     Bernstein et al., arXiv 1802.04434
+    Muon        Jordan et al., https://kellerjordan.github.io/posts/muon; torch.optim.Muon
 """
 
 from __future__ import annotations
@@ -264,6 +266,70 @@ class SGDMomentum:
 def _if(use: Tensor | None, value: float, otherwise: float, R: Tensor) -> Any:
     """`value`, or `otherwise` if `use` is False: a number if there is no `use`, else a 0-d tensor of R's dtype."""
     return value if use is None else torch.where(use, R.new_full((), value), otherwise)
+
+
+@dataclass(frozen=True)
+class SignSGD:
+    """U = sign(R). No state. FRUGAL with an empty subspace."""
+
+    elementwise: ClassVar[bool] = True
+
+    def init(self, R: Tensor) -> State:
+        return {}
+
+    def update(self, R: Tensor, state: State, step: Tensor, use: Tensor | None = None) -> Tensor:
+        return _compute(R).sign()
+
+    def transport(self, state: State, C: Tensor, step: int) -> None:
+        """There is nothing to move."""
+
+
+@dataclass(frozen=True)
+class Muon:
+    """U = the orthogonal matrix nearest to momentum, about: five steps of Newton and Schulz' iteration, as in torch.optim.Muon,
+    but in fp32.
+
+        buf <- momentum buf + (1 - momentum) R;  B = (1 - momentum) R + momentum buf with nesterov, or buf
+        X = B / ||B||;  five times X <- a X + (b X X^T + c (X X^T)^2) X;  U = X max(1, m / n)^(1/2)
+
+    match_adam: U = 0.2 max(m, n)^(1/2) X instead, of the length of Adam's steps, so that its learning rates fit (arXiv
+        2502.16982).
+    For matrices and batches of them (..., m, n); vectors need another rule.
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    match_adam: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"momentum={self.momentum!r} must be in [0, 1)")
+
+    def init(self, R: Tensor) -> State:
+        if R.ndim < 2:
+            raise ValueError(f"Muon cannot step a parameter of shape {tuple(R.shape)}: set dense_rule=Adam()")
+        return {"momentum_buffer": torch.zeros_like(R)}
+
+    def update(self, R: Tensor, state: State, step: Tensor, use: Tensor | None = None) -> Tensor:
+        R = _compute(R)
+        buf = state["momentum_buffer"].to(R.dtype)
+        buf.lerp_(R, _if(use, 1 - self.momentum, 0.0, R))
+        state["momentum_buffer"].copy_(buf)
+        X = torch.lerp(R, buf, self.momentum) if self.nesterov else buf.clone()
+        m, n = X.shape[-2:]
+        X = X if m <= n else X.mT
+        X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-7)
+        for _ in range(5):
+            A = X @ X.mT
+            X = 3.4445 * X + (-4.775 * A + 2.0315 * A @ A) @ X
+        U: Tensor = X if m <= n else X.mT
+        return U * (0.2 * math.sqrt(max(m, n)) if self.match_adam else math.sqrt(max(1.0, m / n)))
+
+    def transport(self, state: State, C: Tensor, step: int) -> None:
+        """buf <- C buf."""
+        _turn(state["momentum_buffer"], C)
 
 
 def _turn(moment: Tensor, C: Tensor) -> None:

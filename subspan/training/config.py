@@ -31,11 +31,18 @@ Preset = Literal[
     "apollo_mini",
     "adamw",
     "adamw8bit",
+    "adafactor",
+    "muon",
+    "sign_sgd",
 ]
 RuleName = Literal["adam", "adafactor", "lion", "sgd"]
 StateDtype = Literal["float32", "bfloat16", "int8", "int4"]
 BasisDtype = Literal["float32", "bfloat16", "int4"]
 ProjectorName = Literal["subspace_iteration", "svd", "randomized_svd", "random"]
+
+
+WITHOUT_BETAS = {"galore_adafactor", "galore_sgd", "adafactor", "muon", "sign_sgd"}
+WITHOUT_EPS = {"galore_lion", "galore_sgd", "muon", "sign_sgd"}
 
 
 @dataclass
@@ -159,7 +166,7 @@ class OptimConfig:
     preset: Preset = "galore"
     """galore: Adam in the subspace, galore8bit: its moments in 8 bits, qgalore: weights in 8 and basis in 4 bits too, paper:
     exactly the reference, galore_adafactor, galore_lion, galore_sgd; fira, frugal, apollo, apollo_mini: the rest of the gradient
-    takes part too; adamw, adamw8bit: full rank"""
+    takes part too; adamw, adamw8bit, adafactor, muon, sign_sgd: full rank"""
     lr: float = 0.01
     """peak learning rate"""
     dense_lr: float | None = None
@@ -202,7 +209,7 @@ class OptimConfig:
     basis_dtype: BasisDtype | None = None
     """dtype of the bases; null: what the preset uses"""
     dense_rule: RuleName | None = None
-    """rule of the parameters that are not projected; null: the preset's own"""
+    """rule of embeddings, head and norms; null: the preset's own"""
     dense_state_dtype: StateDtype | None = None
     """dtype of their moments; null: that of the others"""
     stochastic_rounding: bool | None = None
@@ -256,8 +263,8 @@ class OptimConfig:
         if self.betas is not None and not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
             raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1), such as [0.9, 0.999]")
         for name, value, presets in (
-            ("betas", self.betas, {*get_args(Preset)} - {"galore_adafactor", "galore_sgd"}),
-            ("eps", self.eps, {*get_args(Preset)} - {"galore_lion", "galore_sgd"}),
+            ("betas", self.betas, {*get_args(Preset)} - WITHOUT_BETAS),
+            ("eps", self.eps, {*get_args(Preset)} - WITHOUT_EPS),
             ("projector", self.projector, {*get_args(Preset)} - {*FULL_RANK}),
             ("basis_dtype", self.basis_dtype, {*get_args(Preset)} - {*FULL_RANK}),
             ("moments", self.moments, {*get_args(Preset)} - {*FULL_RANK}),

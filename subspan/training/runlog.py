@@ -12,6 +12,7 @@ from typing import Any
 
 from subspan.diagnostics import FIELDS
 from subspan.extras import require
+from subspan.optim.presets import FULL_RANK
 
 
 class RunLog:
@@ -107,9 +108,7 @@ def describe_summary(summary: dict[str, Any], command: str = "subspan") -> str:
     out, state = config["run"]["out"], sizes["basis"] + sizes["moments"]
     folder = shlex.quote(out)
     preset, name, lr = (
-        ("galore", "GaLore", 0.01)
-        if config["optim"]["preset"].startswith("adamw")
-        else ("adamw", "full-rank AdamW", 0.001)
+        ("galore", "GaLore", 0.01) if config["optim"]["preset"] in FULL_RANK else ("adamw", "full-rank AdamW", 0.001)
     )
     change = f"--optim.preset {preset} --optim.lr {lr} --run.out {shlex.quote(f'{out}_{preset}')}"
     change += "".join(f" --optim.{key} null" for key in ("projector", "basis_dtype") if config["optim"][key])
