@@ -1,0 +1,95 @@
+"""Write README.md's tables and the figures from the files in results/.
+
+python benchmarks/quality/table.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from run import DENSE_RATES, LONG, METHODS, RESULTS, ROUNDS
+
+HERE = Path(__file__).parent
+
+
+def of(results: list[dict[str, Any]], method: str, steps: int) -> list[dict[str, Any]]:
+    return [result for result in results if result["method"] == method and result["steps"] == steps]
+
+
+def long_runs(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| method | lr, dense lr | seeds | validation loss | spread | perplexity | state, MiB | peak memory, MiB | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    found = [(name, runs) for name in METHODS if (runs := of(results, name, LONG))]
+    for name, runs in sorted(found, key=lambda item: mean(run["valid_loss"] for run in item[1])):
+        losses = [run["valid_loss"] for run in runs]
+        spread = f"{stdev(losses):.4f}" if len(losses) > 1 else "-"
+        rates = f"{runs[0]['lr']:g}, {runs[0]['dense_lr']:g}"
+        numbers = [f"{mean(run[key] for run in runs) / 2**20:.1f}" for key in ("state_bytes", "peak_memory_bytes")]
+        lines.append(
+            f"| {name} | {rates} | {len(runs)} | {mean(losses):.4f} | {spread} | {math.exp(mean(losses)):.2f} | "
+            f"{' | '.join(numbers)} | {mean(run['seconds'] for run in runs):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def grids(results: list[dict[str, Any]]) -> str:
+    """Every run of the search; a best pair at the edge of its grid is marked."""
+    lines = ["| method | steps | lr | dense lr | loss on the held-out training file |", "|---|---|---|---|---|"]
+    for name, method in METHODS.items():
+        for steps in ROUNDS:
+            runs = sorted(of(results, name, steps), key=lambda run: run["valid_loss"])
+            for place, run in enumerate(runs):
+                edge = run["lr"] in (method.rates[0], method.rates[-1]) or run["dense_lr"] in (
+                    DENSE_RATES[0],
+                    DENSE_RATES[-1],
+                )
+                best = " (best, at the edge)" if edge else " (best)"
+                mark = best if place == 0 and steps == ROUNDS[-1] else ""
+                lines.append(
+                    f"| {name} | {steps} | {run['lr']:g} | {run['dense_lr']:g} | {run['valid_loss']:.4f}{mark} |"
+                )
+    return "\n".join(lines)
+
+
+def draw(results: list[dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (curves, state) = plt.subplots(1, 2, figsize=(13, 5))
+    for name in METHODS:
+        if runs := of(results, name, LONG):
+            points = [[tokens / 1e6, loss] for tokens, loss in runs[0]["loss"]]
+            curves.plot(*zip(*points, strict=True), linewidth=0.8, label=name)
+            losses, size = [run["valid_loss"] for run in runs], runs[0]["state_bytes"] / 2**20
+            spread = stdev(losses) if len(losses) > 1 else 0
+            state.errorbar(size, mean(losses), yerr=spread, fmt="o", markersize=4)
+            state.annotate(name, (size, mean(losses)), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    curves.set(xlabel="million tokens", ylabel="training loss", xscale="log")
+    curves.legend(fontsize=6)
+    state.set(xlabel="optimizer state, MiB", ylabel="validation loss")
+    figure.tight_layout()
+    figure.savefig(HERE / "quality.png", dpi=120)
+
+
+def main() -> None:
+    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+    readme = HERE / "README.md"
+    text = readme.read_text()
+    for name, table in (("final", long_runs(results)), ("search", grids(results))):
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", f"\\1{table}\n\\2", text, flags=re.S)
+    readme.write_text(text)
+    if any(result["steps"] == LONG for result in results):
+        draw(results)
+
+
+if __name__ == "__main__":
+    main()
