@@ -347,7 +347,7 @@ def _with_adapters(model: nn.Module, rank: int) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            peft = require("peft", "baselines")
+            peft = require("peft", "plan")
             settings = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
             adapted: nn.Module = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
             return adapted
