@@ -159,7 +159,10 @@ def test_left_out_gradients(graphs):
     assert graphs
 
 
-def test_no_compiler(monkeypatch, graphs):
+@pytest.mark.parametrize("smallest", [0, quant.MIN_ELEMENTS], ids=["in codes", "too small for codes"])
+def test_no_compiler(monkeypatch, graphs, smallest):
+    monkeypatch.setattr(quant, "MIN_ELEMENTS", smallest)
+
     def broken(graph, inputs):
         raise RuntimeError("no compiler found")
 

@@ -89,7 +89,6 @@ def compiled_sweep(
     in_one_piece = all(key.endswith((".codes", ".scale")) and X.is_contiguous() for key, X in moments.items())
     if R.ndim == 0 or (coded and not in_one_piece) or (not coded and _fuses(rule, R, moments)):
         return sweep(rule, store, R, state, step, use, spare)
-    step = _at(rule, step, R)
     if not coded:
         if R.is_contiguous() and all(X.is_contiguous() and X.shape == R.shape for X in moments.values()):
             flat = {key: X.view(-1) for key, X in moments.items()}  # one dimension is checked faster than two
@@ -138,7 +137,8 @@ def _one_pass(
     if _works:
         try:
             decoded = b is not None and R.device.type in DECODED
-            return _compile(cast("Hashable", rule), store.bits, b, decoded)(R, moments, step, use)
+            whole = _compile(cast("Hashable", rule), store.bits, b, decoded)
+            return whole(R, moments, _at(rule, step, R), use)
         except torch._dynamo.exc.TorchDynamoException as error:
             _works = False
             reason = " ".join(str(error).split("\n\n")[0].split())
