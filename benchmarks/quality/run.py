@@ -4,7 +4,8 @@
     python benchmarks/quality/run.py 'TEXT/train/*.txt' TEXT/valid.txt --methods '[adamw, galore, fira]'
 
 1. Successive halving: all pairs of a learning rate for matrices and one for embeddings, head and norms, with few steps; the best
-   third with three times the steps, until one is left. Judged on the last training file, which these runs do not train on.
+   third with more, until one is left. A winner at the edge of the grid is followed outwards until it is beaten. Judged on the
+   last training file, which these runs do not train on.
 2. The long runs: that pair with fresh seeds on all training files, judged once on `valid`.
 
 Every run leaves results/KEY.json beside this file; what is there is not run again, so an interrupted grid goes on where it was,
@@ -18,6 +19,7 @@ import functools
 import glob
 import itertools
 import json
+import math
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterable
@@ -34,9 +36,11 @@ from subspan.training.trainer import build_optimizer, train
 
 RESULTS = Path(__file__).with_name("results")
 
-BATCH, MICRO_BATCH = 16, 8  # sequences of 256 tokens a step, a pass
-ROUNDS = (100, 300)  # steps of the rounds of the search; each keeps a third
-LONG = 1250  # steps of a long run: 5.1 M tokens
+MODEL = "llama-2m"
+RANK, GAP = 32, 100  # r, a quarter of the hidden size, and T
+BATCH = 8  # sequences of 256 tokens a step
+ROUNDS = (60, 200)  # steps of the rounds of the search; each keeps a third
+LONG = 750  # steps of a long run: 1.5 M tokens
 SEEDS = (1, 2, 3)  # of the long runs; the search has 0
 DENSE_RATES = (0.003, 0.01, 0.03)
 
@@ -64,7 +68,7 @@ def _package(module: str, name: str, renamed: dict[str, Any] | None = None, **op
     return build
 
 
-FULL, LOW, FREE = (0.00025, 0.0005, 0.001), (0.001, 0.003, 0.01), (0.003, 0.01, 0.03)
+FULL, LOW, FREE = (0.0003, 0.001, 0.003), (0.001, 0.003, 0.01), (0.003, 0.01, 0.03)
 _APOLLO = {"proj": "random", "scale_type": "channel", "scale": 1.0}
 METHODS: dict[str, Method] = {
     "adamw": Method(FULL, {"preset": "adamw"}),
@@ -82,7 +86,7 @@ METHODS: dict[str, Method] = {
     "apollo": Method(LOW, {"preset": "apollo"}),
     "apollo_mini": Method(LOW, {"preset": "apollo_mini", "rank": 1}),
     "lora": Method(LOW, {"preset": "adamw"}, {"baseline": "lora"}),
-    "relora": Method(LOW, {"preset": "adamw"}, {"baseline": "relora", "merge_every": 300}),
+    "relora": Method(LOW, {"preset": "adamw"}, {"baseline": "relora", "merge_every": 150}),
     "factorized": Method(LOW, {"preset": "adamw"}, {"baseline": "factorized"}),
     "galore_torch 1.0": Method(LOW, build=_package("galore_torch", "GaLoreAdamW", no_deprecation_warning=True)),
     "fira 1.0 (package)": Method(
@@ -103,10 +107,10 @@ def configure(
     out: Path,
     **run: Any,
 ) -> TrainConfig:
-    optim = {"preset": "galore", "rank": 64, "update_proj_gap": 100, "gradients": "hold", **method.optim}
+    optim = {"preset": "galore", "rank": RANK, "update_proj_gap": GAP, "gradients": "hold", **method.optim}
     return TrainConfig(
-        model=ModelConfig(name="llama-9m", **method.model),
-        data=DataConfig(files=files, valid_files=valid),
+        model=ModelConfig(name=MODEL, **method.model),
+        data=DataConfig(files=files, valid_files=valid, vocab_size=2048),
         optim=OptimConfig(lr=lr, dense_lr=dense_lr, **optim),
         run=RunConfig(
             **{
@@ -114,7 +118,6 @@ def configure(
                 "steps": steps,
                 "warmup_steps": steps // 10,
                 "batch_size": BATCH,
-                "micro_batch": MICRO_BATCH,
                 "threads": 1,  # runs side by side: threads that wait for each other would lose both
                 "eval_every": 0,
                 "checkpoint_every": 0,
@@ -196,12 +199,33 @@ def result_of(name: str, config: TrainConfig) -> dict[str, Any]:
 
 
 def search(name: str, rounds: Iterable[int], start: Callable[..., TrainConfig]) -> tuple[float, float]:
-    """The best pair of rates by successive halving."""
+    """The best pair of rates: by successive halving, then outwards from the edges of the grid."""
     pairs = list(itertools.product(METHODS[name].rates, DENSE_RATES))
     for steps in rounds:
         losses = {pair: result_of(name, start(*pair, steps))["valid_loss"] for pair in pairs}
         pairs = sorted(pairs, key=lambda pair: losses[pair])[: -(-len(pairs) // 3)]
-    return pairs[0]
+    best = pairs[0]
+    while new := [pair for pair in _outwards(best, METHODS[name].rates) if pair not in losses]:
+        losses |= {pair: result_of(name, start(*pair, steps))["valid_loss"] for pair in new}
+        best = min(losses, key=lambda pair: losses[pair])
+    return best
+
+
+def _outwards(pair: tuple[float, float], rates: tuple[float, ...]) -> list[tuple[float, float]]:
+    """The neighbours of `pair` outside of the grid."""
+    lr, dense_lr = pair
+    return [
+        *((beyond, dense_lr) for beyond in _beyond(lr, rates)),
+        *((lr, beyond) for beyond in _beyond(dense_lr, DENSE_RATES)),
+    ]
+
+
+def _beyond(rate: float, rates: tuple[float, ...]) -> list[float]:
+    """The next rate of the sequence 1, 3, 10, 30, ... where `rate` is the smallest or largest of `rates`, or beyond them."""
+    decade = math.floor(math.log10(rate) + 1e-9)
+    one = round(rate / 10**decade) == 1
+    lower, upper = (3 * 10.0 ** (decade - 1), 3 * 10.0**decade) if one else (10.0**decade, 10.0 ** (decade + 1))
+    return [float(f"{r:g}") for r in ([lower] if rate <= rates[0] else []) + ([upper] if rate >= rates[-1] else [])]
 
 
 def main(
@@ -210,7 +234,6 @@ def main(
     out: str = "runs/quality",
     methods: list[str] | None = None,
     seeds: list[int] | None = None,
-    autocast: bool = True,
     search_only: bool = False,
 ) -> None:
     """Search, then the long runs, method by method.
@@ -221,7 +244,6 @@ def main(
         out: folder for the run folders
         methods: some of the methods; none: all
         seeds: of the long runs; none: 1, 2, 3
-        autocast: bfloat16 arithmetic in the model; false where the processor has none
         search_only: no long runs yet
     """
     files = sorted(glob.glob(train))
@@ -231,11 +253,11 @@ def main(
         if name not in METHODS:
             raise SystemExit(f"methods: {name!r} is unknown, use some of {', '.join(METHODS)}")
         folder = Path(out) / name.replace(" ", "_")
-        start = functools.partial(configure, METHODS[name], out=folder, autocast=autocast)
-        short = functools.partial(start, seed=0, files=files[:-1], valid=files[-1], eval_sequences=512)
+        start = functools.partial(configure, METHODS[name], out=folder)
+        short = functools.partial(start, seed=0, files=files[:-1], valid=files[-1], eval_sequences=256)
         lr, dense_lr = search(name, ROUNDS, short)
         for seed in [] if search_only else seeds or SEEDS:
-            result_of(name, start(lr, dense_lr, LONG, seed, files, valid))
+            result_of(name, start(lr, dense_lr, LONG, seed, files, valid, eval_sequences=1024))
 
 
 if __name__ == "__main__":
