@@ -8,8 +8,8 @@
    last training file, which these runs do not train on.
 2. The long runs: that pair with fresh seeds on all training files, judged once on `valid`.
 
-Every run leaves results/KEY.json beside this file; what is there is not run again, so an interrupted grid goes on where it was,
-and several processes may share the methods. `table.py` makes tables and figures of it.
+Every run leaves results/MODEL/KEY.json beside this file; what is there is not run again, so an interrupted grid goes on where
+it was, and several processes may share the methods. `table.py` makes tables and figures of it.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ from subspan.training.trainer import build_optimizer, train
 
 RESULTS = Path(__file__).with_name("results")
 
-MODEL = "llama-2m"
-RANK, GAP = 32, 100  # r, a quarter of the hidden size, and T
 BATCH = 8  # sequences of 256 tokens a step
 ROUNDS = (60, 200)  # steps of the rounds of the search; each keeps a third
 LONG = 750  # steps of a long run: 1.5 M tokens
 SEEDS = (1, 2, 3)  # of the long runs; the search has 0
 DENSE_RATES = (0.003, 0.01, 0.03)
+GAP = 100  # T
+MODELS = {"llama-2m": (32, 2048), "llama-9m": (64, 4096), "llama-25m": (96, 4096)}
+"""r, a quarter of the hidden size, and pieces of the tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,7 @@ METHODS: dict[str, Method] = {
 
 def configure(
     method: Method,
+    model: str,
     lr: float,
     dense_lr: float,
     steps: int,
@@ -107,10 +109,11 @@ def configure(
     out: Path,
     **run: Any,
 ) -> TrainConfig:
-    optim = {"preset": "galore", "rank": RANK, "update_proj_gap": GAP, "gradients": "hold", **method.optim}
+    rank, vocab_size = MODELS[model]
+    optim = {"preset": "galore", "rank": rank, "update_proj_gap": GAP, "gradients": "hold", **method.optim}
     return TrainConfig(
-        model=ModelConfig(name=MODEL, **method.model),
-        data=DataConfig(files=files, valid_files=valid, vocab_size=2048),
+        model=ModelConfig(name=model, **method.model),
+        data=DataConfig(files=files, valid_files=valid, vocab_size=vocab_size),
         optim=OptimConfig(lr=lr, dense_lr=dense_lr, **optim),
         run=RunConfig(
             **{
@@ -178,7 +181,7 @@ def _hidden_bytes(optimizer: torch.optim.Optimizer) -> int:
 def result_of(name: str, config: TrainConfig) -> dict[str, Any]:
     """The result of a run: from its file, or by a run in a process of its own."""
     key = f"{name} {config.optim.lr:g} {config.optim.dense_lr:g} {config.run.steps} {config.run.seed}".replace(" ", "_")
-    file = RESULTS / f"{key}.json"
+    file = RESULTS / config.model.name / f"{key}.json"
     if not file.exists():
         shutil.rmtree(config.run.out, ignore_errors=True)  # left by an interrupted run
         context = multiprocessing.get_context("spawn")
@@ -191,7 +194,7 @@ def result_of(name: str, config: TrainConfig) -> dict[str, Any]:
             raise RuntimeError(f"run {key!r} died, see above")
         result = queue.get()
         process.join()
-        RESULTS.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n")
     result = json.loads(file.read_text())
     print(f"== {key}: loss {result['valid_loss']:.4f}", flush=True)
@@ -232,6 +235,7 @@ def main(
     train: str,
     valid: str,
     out: str = "runs/quality",
+    model: str = "llama-2m",
     methods: list[str] | None = None,
     seeds: list[int] | None = None,
     search_only: bool = False,
@@ -242,6 +246,7 @@ def main(
         train: glob of the training files; the last one is held out from the search
         valid: validation file, used by the long runs alone
         out: folder for the run folders
+        model: one of `MODELS`
         methods: some of the methods; none: all
         seeds: of the long runs; none: 1, 2, 3
         search_only: no long runs yet
@@ -252,8 +257,8 @@ def main(
     for name in methods or METHODS:
         if name not in METHODS:
             raise SystemExit(f"methods: {name!r} is unknown, use some of {', '.join(METHODS)}")
-        folder = Path(out) / name.replace(" ", "_")
-        start = functools.partial(configure, METHODS[name], out=folder)
+        folder = Path(out) / model / name.replace(" ", "_")
+        start = functools.partial(configure, METHODS[name], model, out=folder)
         short = functools.partial(start, seed=0, files=files[:-1], valid=files[-1], eval_sequences=256)
         lr, dense_lr = search(name, ROUNDS, short)
         for seed in [] if search_only else seeds or SEEDS:

@@ -81,7 +81,7 @@ def draw(results: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+    results = [json.loads(file.read_text()) for file in sorted((RESULTS / "llama-2m").glob("*.json"))]
     readme = HERE / "README.md"
     text = readme.read_text()
     for name, table in (("final", long_runs(results)), ("search", grids(results))):

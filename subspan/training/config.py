@@ -50,7 +50,7 @@ class ModelConfig:
     """Which network is trained."""
 
     name: str = "llama-9m"
-    """llama-2m, -9m, -60m, -130m, -350m, -1b, -7b, or the name or folder of any Hugging Face causal LM"""
+    """llama-2m, -9m, -25m, -60m, -130m, -350m, -1b, -7b, or the name or folder of any Hugging Face causal LM"""
     pretrained: bool = False
     """start from the weights of that Hugging Face model instead of random ones"""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -33,10 +33,11 @@ def _llama(hidden: int, intermediate: int, heads: int, layers: int) -> dict[str,
 
 
 # arXiv 2403.03507, Table 5, as the configs of jiaweizzhao/GaLore have it: the paper prints the 1B model's heads and layers
-# swapped (24 heads do not divide 2048). 2M and 9M are ours. The vocabulary is the tokenizer's; the paper's recipes set 32,000.
+# swapped (24 heads do not divide 2048). 2M, 9M, 25M are ours. The vocabulary is the tokenizer's; the paper's recipes set 32,000.
 LLAMA: dict[str, dict[str, Any]] = {
     "llama-2m": _llama(128, 344, 4, 6),
     "llama-9m": _llama(256, 688, 4, 8),
+    "llama-25m": _llama(384, 1032, 6, 12),
     "llama-60m": _llama(512, 1376, 8, 8),
     "llama-130m": _llama(768, 2048, 12, 12),
     "llama-350m": _llama(1024, 2736, 16, 24),
