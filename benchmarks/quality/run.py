@@ -3,9 +3,9 @@
     python benchmarks/quality/run.py 'TEXT/train/*.txt' TEXT/valid.txt
     python benchmarks/quality/run.py 'TEXT/train/*.txt' TEXT/valid.txt --methods '[adamw, galore, fira]'
 
-1. Successive halving: all pairs of a learning rate for matrices and one for embeddings, head and norms, with few steps; the best
-   third with more, until one is left. A winner at the edge of the grid is followed outwards until it is beaten. Judged on the
-   last training file, which these runs do not train on.
+1. A search for two rates, one of matrices and one of embeddings, head and norms, among 0.001, 0.003, 0.01 and so on: from where a
+   method starts, to the best of the four neighbours, until none is better. Short runs, judged on the last training file, which
+   they do not train on.
 2. The long runs: that pair with fresh seeds on all training files, judged once on `valid`.
 
 Every run leaves results/MODEL/KEY.json beside this file; what is there is not run again, so an interrupted grid goes on where
@@ -17,12 +17,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import glob
-import itertools
 import json
-import math
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +34,11 @@ from subspan.training.trainer import build_optimizer, train
 
 RESULTS = Path(__file__).with_name("results")
 
-BATCH = 8  # sequences of 256 tokens a step
-ROUNDS = (60, 200)  # steps of the rounds of the search; each keeps a third
-LONG = 750  # steps of a long run: 1.5 M tokens
+BATCH = 4  # sequences of 256 tokens a step
+SHORT = 400  # steps of a run of the search
+LONG = 2000  # steps of a long run: 2 M tokens
 SEEDS = (1, 2, 3)  # of the long runs; the search has 0
-DENSE_RATES = (0.003, 0.01, 0.03)
+DENSE_RATE = 0.01  # where searches start
 GAP = 100  # T
 MODELS = {"llama-2m": (32, 2048), "llama-9m": (64, 4096), "llama-25m": (96, 4096)}
 """r, a quarter of the hidden size, and pieces of the tokenizer."""
@@ -48,9 +46,9 @@ MODELS = {"llama-2m": (32, 2048), "llama-9m": (64, 4096), "llama-25m": (96, 4096
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What a row is: settings of `subspan train`, or a package's optimizer over the same groups; rates that are tried."""
+    """What a row is: settings of `subspan train`, or a package's optimizer over the same groups."""
 
-    rates: tuple[float, ...]
+    rate: float  # of matrices, where its search starts
     optim: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     build: Callable[[list[dict[str, Any]], float], torch.optim.Optimizer] | None = None
@@ -69,31 +67,30 @@ def _package(module: str, name: str, renamed: dict[str, Any] | None = None, **op
     return build
 
 
-FULL, LOW, FREE = (0.0003, 0.001, 0.003), (0.001, 0.003, 0.01), (0.003, 0.01, 0.03)
 _APOLLO = {"proj": "random", "scale_type": "channel", "scale": 1.0}
 METHODS: dict[str, Method] = {
-    "adamw": Method(FULL, {"preset": "adamw"}),
-    "adamw beta2=0.95": Method(FULL, {"preset": "adamw", "betas": [0.9, 0.95]}),
-    "adafactor": Method(FULL, {"preset": "adafactor"}),
-    "muon": Method(FREE, {"preset": "muon"}),
-    "sign_sgd": Method(FULL, {"preset": "sign_sgd"}),
-    "galore": Method(LOW, {"preset": "galore"}),
-    "galore, random basis": Method(LOW, {"preset": "galore", "projector": "random"}),
-    "galore, transported": Method(LOW, {"preset": "galore", "moments": "transport"}),
-    "galore8bit": Method(LOW, {"preset": "galore8bit"}),
-    "fira": Method(LOW, {"preset": "fira"}),
-    "fira, random basis": Method(LOW, {"preset": "fira", "projector": "random"}),
-    "frugal": Method(FULL, {"preset": "frugal"}),
-    "apollo": Method(LOW, {"preset": "apollo"}),
-    "apollo_mini": Method(LOW, {"preset": "apollo_mini", "rank": 1}),
-    "lora": Method(LOW, {"preset": "adamw"}, {"baseline": "lora"}),
-    "relora": Method(LOW, {"preset": "adamw"}, {"baseline": "relora", "merge_every": 150}),
-    "factorized": Method(LOW, {"preset": "adamw"}, {"baseline": "factorized"}),
-    "galore_torch 1.0": Method(LOW, build=_package("galore_torch", "GaLoreAdamW", no_deprecation_warning=True)),
+    "adamw": Method(0.001, {"preset": "adamw"}),
+    "adamw beta2=0.95": Method(0.001, {"preset": "adamw", "betas": [0.9, 0.95]}),
+    "adafactor": Method(0.001, {"preset": "adafactor"}),
+    "muon": Method(0.01, {"preset": "muon"}),
+    "sign_sgd": Method(0.001, {"preset": "sign_sgd"}),
+    "galore": Method(0.003, {"preset": "galore"}),
+    "galore, random basis": Method(0.003, {"preset": "galore", "projector": "random"}),
+    "galore, transported": Method(0.003, {"preset": "galore", "moments": "transport"}),
+    "galore8bit": Method(0.003, {"preset": "galore8bit"}),
+    "fira": Method(0.003, {"preset": "fira"}),
+    "fira, random basis": Method(0.003, {"preset": "fira", "projector": "random"}),
+    "frugal": Method(0.001, {"preset": "frugal"}),
+    "apollo": Method(0.003, {"preset": "apollo"}),
+    "apollo_mini": Method(0.003, {"preset": "apollo_mini", "rank": 1}),
+    "lora": Method(0.003, {"preset": "adamw"}, {"baseline": "lora"}),
+    "relora": Method(0.003, {"preset": "adamw"}, {"baseline": "relora", "merge_every": 150}),
+    "factorized": Method(0.003, {"preset": "adamw"}, {"baseline": "factorized"}),
+    "galore_torch 1.0": Method(0.003, build=_package("galore_torch", "GaLoreAdamW", no_deprecation_warning=True)),
     "fira 1.0 (package)": Method(
-        LOW, build=_package("fira", "FiraAdamW", {"alpha": 0.25}, no_deprecation_warning=True)
+        0.003, build=_package("fira", "FiraAdamW", {"alpha": 0.25}, no_deprecation_warning=True)
     ),
-    "apollo_torch 1.0": Method(LOW, build=_package("apollo_torch", "APOLLOAdamW", _APOLLO)),
+    "apollo_torch 1.0": Method(0.003, build=_package("apollo_torch", "APOLLOAdamW", _APOLLO)),
 }
 
 
@@ -201,34 +198,31 @@ def result_of(name: str, config: TrainConfig) -> dict[str, Any]:
     return dict(result)
 
 
-def search(name: str, rounds: Iterable[int], start: Callable[..., TrainConfig]) -> tuple[float, float]:
-    """The best pair of rates: by successive halving, then outwards from the edges of the grid."""
-    pairs = list(itertools.product(METHODS[name].rates, DENSE_RATES))
-    for steps in rounds:
-        losses = {pair: result_of(name, start(*pair, steps))["valid_loss"] for pair in pairs}
-        pairs = sorted(pairs, key=lambda pair: losses[pair])[: -(-len(pairs) // 3)]
-    best = pairs[0]
-    while new := [pair for pair in _outwards(best, METHODS[name].rates) if pair not in losses]:
-        losses |= {pair: result_of(name, start(*pair, steps))["valid_loss"] for pair in new}
-        best = min(losses, key=lambda pair: losses[pair])
+def search(name: str, start: Callable[..., TrainConfig]) -> tuple[float, float]:
+    """The pair of rates that is better than its four neighbours."""
+
+    def loss(pair: tuple[float, float]) -> float:
+        return float(result_of(name, start(*pair, SHORT))["valid_loss"])
+
+    best, found = None, (METHODS[name].rate, DENSE_RATE)
+    while found != best:
+        best = found
+        found = min([best, *neighbours(best)], key=loss)
     return best
 
 
-def _outwards(pair: tuple[float, float], rates: tuple[float, ...]) -> list[tuple[float, float]]:
-    """The neighbours of `pair` outside of the grid."""
+def neighbours(pair: tuple[float, float]) -> list[tuple[float, float]]:
     lr, dense_lr = pair
-    return [
-        *((beyond, dense_lr) for beyond in _beyond(lr, rates)),
-        *((lr, beyond) for beyond in _beyond(dense_lr, DENSE_RATES)),
-    ]
+    return [*((rate, dense_lr) for rate in beside(lr)), *((lr, rate) for rate in beside(dense_lr))]
 
 
-def _beyond(rate: float, rates: tuple[float, ...]) -> list[float]:
-    """The next rate of the sequence 1, 3, 10, 30, ... where `rate` is the smallest or largest of `rates`, or beyond them."""
-    decade = math.floor(math.log10(rate) + 1e-9)
-    one = round(rate / 10**decade) == 1
-    lower, upper = (3 * 10.0 ** (decade - 1), 3 * 10.0**decade) if one else (10.0**decade, 10.0 ** (decade + 1))
-    return [float(f"{r:g}") for r in ([lower] if rate <= rates[0] else []) + ([upper] if rate >= rates[-1] else [])]
+def beside(rate: float) -> tuple[float, float]:
+    """What comes before and after `rate` in 0.001, 0.003, 0.01, 0.03, ..."""
+    digit, exponent = f"{rate:.0e}".split("e")
+    return (
+        float(f"3e{int(exponent) - 1}" if digit == "1" else f"1e{exponent}"),
+        float(f"3e{exponent}" if digit == "1" else f"1e{int(exponent) + 1}"),
+    )
 
 
 def main(
@@ -260,7 +254,7 @@ def main(
         folder = Path(out) / model / name.replace(" ", "_")
         start = functools.partial(configure, METHODS[name], model, out=folder)
         short = functools.partial(start, seed=0, files=files[:-1], valid=files[-1], eval_sequences=256)
-        lr, dense_lr = search(name, ROUNDS, short)
+        lr, dense_lr = search(name, short)
         for seed in [] if search_only else seeds or SEEDS:
             result_of(name, start(lr, dense_lr, LONG, seed, files, valid, eval_sequences=1024))
 
