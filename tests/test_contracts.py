@@ -48,6 +48,7 @@ COMBINES = {
     "frugal": subspan.Frugal(),
     "apollo": subspan.Apollo(),
     "mini": subspan.Apollo("tensor"),
+    "orthogonal": subspan.Orthogonal(),
 }
 CASES = [
     (rule, projector, state, "none")

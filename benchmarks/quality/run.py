@@ -83,6 +83,7 @@ METHODS: dict[str, Method] = {
     "frugal": Method(0.001, {"preset": "frugal"}),
     "apollo": Method(0.003, {"preset": "apollo"}),
     "apollo_mini": Method(0.003, {"preset": "apollo_mini", "rank": 1}),
+    "subspan": Method(0.003, {"preset": "subspan"}),
     "lora": Method(0.003, {"preset": "adamw"}, {"baseline": "lora"}),
     "relora": Method(0.003, {"preset": "adamw"}, {"baseline": "relora", "merge_every": 150}),
     "factorized": Method(0.003, {"preset": "adamw"}, {"baseline": "factorized"}),

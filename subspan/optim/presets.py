@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from subspan.optim.combine import Apollo, Fira, Frugal
+from subspan.optim.combine import Apollo, Fira, Frugal, Orthogonal
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.projectors import SVD, Random
 from subspan.optim.refresh import Refresh
@@ -136,6 +136,15 @@ def apollo_mini(params: Iterable[Any], lr: float = 1e-2, **kwargs: Any) -> Proje
     return GaLoreAdamW(params, lr, **{"combine": Apollo(by="tensor"), "projector": Random(), **kwargs})
 
 
+def subspan(params: Iterable[Any], lr: float = 3e-3, **kwargs: Any) -> ProjectedOptimizer:
+    """Ours: Muon with low-rank momentum (`combine.Orthogonal`) in random bases, into which refreshes transport it; AdamW for dense
+    parameters. Half of GaLore's moments. Groups want scale=1."""
+    refresh = kwargs.pop("refresh", None) or Refresh()
+    kwargs["refresh"] = replace(refresh, moments=refresh.moments or "transport")
+    own = {"combine": Orthogonal(), "projector": Random(), "dense_rule": Adam()}
+    return ProjectedOptimizer(params, lr, rule=SGDMomentum(0.95, nesterov=True), **{**own, **kwargs})
+
+
 def adafactor(params: Iterable[Any], lr: float = 1e-3, **kwargs: Any) -> ProjectedOptimizer:
     """Full-rank Adafactor without a first moment, with a given lr."""
     return GaLoreAdafactor(params, lr, **kwargs)
@@ -163,6 +172,7 @@ PRESETS: dict[str, Callable[..., ProjectedOptimizer]] = {
     "frugal": frugal,
     "apollo": apollo,
     "apollo_mini": apollo_mini,
+    "subspan": subspan,
     "adamw": GaLoreAdamW,  # FULL_RANK: over param_groups(rank=None), every group dense
     "adamw8bit": GaLoreAdamW8bit,
     "adafactor": adafactor,
@@ -173,8 +183,8 @@ PRESETS: dict[str, Callable[..., ProjectedOptimizer]] = {
 FULL_RANK = ("adamw", "adamw8bit", "adafactor", "muon", "sign_sgd")
 """The presets that project nothing: baselines."""
 
-FULL_GRADIENT = ("fira", "frugal", "apollo", "apollo_mini")
+FULL_GRADIENT = ("fira", "frugal", "apollo", "apollo_mini", "subspan")
 """The presets that need the full gradient of what they project: not with gradients="project"."""
 
-SCALES = {"frugal": 1.0, "apollo": 1.0, "apollo_mini": math.sqrt(128)}
+SCALES = {"frugal": 1.0, "apollo": 1.0, "apollo_mini": math.sqrt(128), "subspan": 1.0}
 """The `scale` of their papers, where it is not GaLore's 0.25."""

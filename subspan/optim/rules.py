@@ -22,6 +22,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from subspan.optim.orthogonal import orthogonalize
+
 State = dict[str, Tensor]
 
 
@@ -319,13 +321,7 @@ class Muon:
         state["momentum_buffer"].copy_(buf)
         X = torch.lerp(R, buf, self.momentum) if self.nesterov else buf.clone()
         m, n = X.shape[-2:]
-        X = X if m <= n else X.mT
-        X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-7)
-        for _ in range(5):
-            A = X @ X.mT
-            X = 3.4445 * X + (-4.775 * A + 2.0315 * A @ A) @ X
-        U: Tensor = X if m <= n else X.mT
-        return U * (0.2 * math.sqrt(max(m, n)) if self.match_adam else math.sqrt(max(1.0, m / n)))
+        return orthogonalize(X) * (0.2 * math.sqrt(max(m, n)) if self.match_adam else math.sqrt(max(1.0, m / n)))
 
     def transport(self, state: State, C: Tensor, step: int) -> None:
         """buf <- C buf."""

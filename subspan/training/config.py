@@ -29,6 +29,7 @@ Preset = Literal[
     "frugal",
     "apollo",
     "apollo_mini",
+    "subspan",
     "adamw",
     "adamw8bit",
     "adafactor",
@@ -41,8 +42,8 @@ BasisDtype = Literal["float32", "bfloat16", "int4"]
 ProjectorName = Literal["subspace_iteration", "svd", "randomized_svd", "random"]
 
 
-WITHOUT_BETAS = {"galore_adafactor", "galore_sgd", "adafactor", "muon", "sign_sgd"}
-WITHOUT_EPS = {"galore_lion", "galore_sgd", "muon", "sign_sgd"}
+WITHOUT_BETAS = {"galore_adafactor", "galore_sgd", "subspan", "adafactor", "muon", "sign_sgd"}
+WITHOUT_EPS = {"galore_lion", "galore_sgd", "subspan", "muon", "sign_sgd"}
 
 
 @dataclass
@@ -165,8 +166,8 @@ class OptimConfig:
 
     preset: Preset = "galore"
     """galore: Adam in the subspace, galore8bit: its moments in 8 bits, qgalore: weights in 8 and basis in 4 bits too, paper:
-    exactly the reference, galore_adafactor, galore_lion, galore_sgd; fira, frugal, apollo, apollo_mini: the rest of the gradient
-    takes part too; adamw, adamw8bit, adafactor, muon, sign_sgd: full rank"""
+    exactly the reference, galore_adafactor, galore_lion, galore_sgd; fira, frugal, apollo, apollo_mini, subspan: the rest of
+    the gradient takes part too; adamw, adamw8bit, adafactor, muon, sign_sgd: full rank"""
     lr: float = 0.01
     """peak learning rate"""
     dense_lr: float | None = None
