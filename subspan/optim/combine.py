@@ -10,7 +10,7 @@ A (..., d, k) is the oriented gradient, Q (..., d, r) the basis, R = Q^T A and U
 direction, X_j column j. The residual A - Q R is the true one, whatever `scale` is.
 
 A combine is a frozen dataclass of hyperparameters. It remembers no more than a number a parameter. `weights` says from norms of
-columns what each column is to be multiplied by, `direction` makes some columns of D; `by_columns` is False where it needs them all.
+columns what each column is to be multiplied by, `direction` makes some columns of D; all of them, where `by_columns` is False.
 
 References
     Fira        Chen et al., arXiv 2410.01623

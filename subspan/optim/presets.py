@@ -137,8 +137,10 @@ def apollo_mini(params: Iterable[Any], lr: float = 1e-2, **kwargs: Any) -> Proje
 
 
 def subspan(params: Iterable[Any], lr: float = 3e-3, **kwargs: Any) -> ProjectedOptimizer:
-    """Ours: Muon with low-rank momentum (`combine.Orthogonal`) in random bases, into which refreshes transport it; AdamW for dense
-    parameters. Half of GaLore's moments. Groups want scale=1."""
+    """Ours: Muon with low-rank momentum (`combine.Orthogonal`) in random bases, AdamW for dense parameters. Groups want scale=1.
+
+    Refreshes transport the momentum into the new basis. Half of GaLore's moments.
+    """
     refresh = kwargs.pop("refresh", None) or Refresh()
     kwargs["refresh"] = replace(refresh, moments=refresh.moments or "transport")
     own = {"combine": Orthogonal(), "projector": Random(), "dense_rule": Adam()}

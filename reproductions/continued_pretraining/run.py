@@ -1,0 +1,130 @@
+"""Continued pre-training of SmolLM2-135M on books: validation loss against memory.
+
+    python reproductions/continued_pretraining/run.py FOLDER 'TEXT/train/*.txt' TEXT/valid.txt
+    python reproductions/continued_pretraining/table.py
+
+FOLDER is what prepare.py made. Every method searches its learning rate in short runs, judged on the last training file, which
+they do not train on: the best of a rate and its two neighbours in 1, 3, 10, ..., and onwards while it gets better. Then the
+long run. Every run leaves results/KEY.json; what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+import multiprocessing
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from subspan.training.trainer import train
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
+from run import beside
+
+RESULTS = Path(__file__).with_name("results")
+
+BATCH, MICRO_BATCH = 8, 4  # sequences of 256 tokens a step, a pass
+SHORT, LONG = 20, 60  # steps
+RANK = 144  # a quarter of the hidden size
+
+METHODS: dict[str, tuple[float, dict[str, Any], dict[str, Any]]] = {  # where the search starts, optim, model
+    "adamw": (3e-5, {"preset": "adamw"}, {}),
+    "lora": (3e-4, {"preset": "adamw", "rank": 16}, {"baseline": "lora", "train_rest": False}),
+    "galore": (3e-4, {"preset": "galore", "gradients": "project"}, {}),
+    "subspan": (3e-4, {"preset": "subspan", "gradients": "update"}, {}),
+}
+
+
+def configure(
+    name: str, lr: float, steps: int, seed: int, folder: str, files: list[str], valid: str, out: str
+) -> TrainConfig:
+    _, optim, model = METHODS[name]
+    return TrainConfig(
+        model=ModelConfig(name=folder, pretrained=True, **model),
+        data=DataConfig(files=files, valid_files=valid),
+        optim=OptimConfig(**{"lr": lr, "rank": RANK, "update_proj_gap": 20, **optim}),
+        run=RunConfig(
+            out=f"{out}/{name}",
+            steps=steps,
+            warmup_steps=steps // 10,
+            batch_size=BATCH,
+            micro_batch=BATCH if optim.get("gradients") == "update" else MICRO_BATCH,
+            eval_every=0,
+            eval_sequences=128,
+            checkpoint_every=0,
+            log_every=5,
+            seed=seed,
+            export=False,
+        ),
+    )
+
+
+def one_run(config: TrainConfig, queue: Any) -> None:
+    summary = train(config)
+    kept = ("valid_loss", "perplexity", "tokens", "seconds", "bytes", "peak_memory_bytes", "device", "versions")
+    queue.put({key: summary[key] for key in kept})
+
+
+def result_of(name: str, config: TrainConfig) -> dict[str, Any]:
+    """The result of a run: from its file, or by a run in a process of its own, so that peaks do not add up."""
+    file = RESULTS / f"{name}_{config.optim.lr:g}_{config.run.steps}_{config.run.seed}.json"
+    if not file.exists():
+        shutil.rmtree(config.run.out, ignore_errors=True)  # left by an interrupted run
+        context = multiprocessing.get_context("spawn")
+        queue = context.Queue()
+        process = context.Process(target=one_run, args=(config, queue))
+        process.start()
+        while process.is_alive() and queue.empty():
+            process.join(1)
+        if queue.empty():
+            raise RuntimeError(f"run {file.stem} died, see above")
+        result = {"method": name, "lr": config.optim.lr, "steps": config.run.steps, **queue.get()}
+        process.join()
+        RESULTS.mkdir(exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+    result = json.loads(file.read_text())
+    print(f"== {file.stem}: loss {result['valid_loss']:.4f}", flush=True)
+    return dict(result)
+
+
+def search(name: str, start: Callable[..., TrainConfig]) -> float:
+    def loss(lr: float) -> float:
+        return float(result_of(name, start(lr, SHORT))["valid_loss"])
+
+    best, found = 0.0, METHODS[name][0]
+    while found != best:
+        best = found
+        found = min([best, *beside(best)], key=loss)
+    return best
+
+
+def main(
+    folder: str, train: str, valid: str, out: str = "runs/continued_pretraining", methods: list[str] | None = None
+) -> None:
+    """Search, then the long run, method by method.
+
+    Args:
+        folder: the model that prepare.py has written
+        train: glob of the training files; the last one is held out from the search
+        valid: validation file, used by the long runs alone
+        out: folder for the run folders
+        methods: some of the methods; none: all
+    """
+    files = sorted(glob.glob(train))
+    if len(files) < 2:
+        raise SystemExit(f"train={train!r} matches {len(files)} files: at least two are needed, one is held out")
+    for name in methods or METHODS:
+        start = functools.partial(configure, name, folder=folder, out=out)
+        lr = search(name, functools.partial(start, seed=0, files=files[:-1], valid=files[-1]))
+        result_of(name, start(lr, LONG, 1, files=files, valid=valid))
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(main)
