@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
     lines = [
-        "| method | lr | validation loss | perplexity | optimizer state, MiB | peak memory of the process, MiB | lrs tried: loss |",
+        "| method | lr | validation loss | perplexity | state, MiB | peak memory of the process, MiB | rates tried: loss |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in METHODS:
