@@ -6,7 +6,7 @@ from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.presets import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreLion, GaLoreSGD, QGaLoreAdamW
 from subspan.optim.projectors import SVD, Random, RandomizedSVD, SubspaceIteration
 from subspan.optim.refresh import Refresh
-from subspan.optim.rules import Adafactor, Adam, Lion, Muon, SGDMomentum, SignSGD
+from subspan.optim.rules import Adafactor, Adam, ColumnNorm, Lion, Muon, SGDMomentum, SignSGD
 
 __version__ = "0.1.0"
 
@@ -15,6 +15,7 @@ __all__ = [
     "Adafactor",
     "Adam",
     "Apollo",
+    "ColumnNorm",
     "Fira",
     "Frugal",
     "GaLoreAdafactor",

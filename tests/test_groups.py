@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 import subspan
+from subspan.optim.presets import scale_sgd
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
 
@@ -128,6 +129,44 @@ def test_rank_none_is_the_full_rank_baseline_in_the_same_groups():
     assert [names(group) for group in full] == [names(group) for group in low]
     assert not any("rank" in group for group in full)
     assert "basis" not in next(iter(subspan.GaLoreAdamW(full).state.values()))
+
+
+@pytest.mark.parametrize(
+    ("model_name", "head", "turned"),
+    [
+        ("llama", "lm_head.weight", ["model.embed_tokens.weight"]),
+        ("gemma2", "model.embed_tokens.weight", []),  # tied
+        ("gpt2", "transformer.wte.weight", ["transformer.wpe.weight"]),
+        (
+            "bert",
+            "classifier.weight",
+            [f"bert.embeddings.{x}_embeddings.weight" for x in ("word", "position", "token_type")],
+        ),
+    ],
+)
+def test_split_knows_the_last_layer_and_weights_that_are_stored_turned(model_name, head, turned):
+    model = MODELS[model_name]()
+    groups = {g["name"]: g for g in subspan.param_groups(model, rank=None, dense_lr=0.2, split=True, verbose=False)}
+    assert names(groups["head"]) == [head]
+    assert names(groups.get("dense (in, out)", {"params": []})) == turned
+    blocks = groups["projected (in, out)" if model_name == "gpt2" else "projected"]  # GPT-2's Conv1D
+    assert blocks["full_rank"]
+    assert len(names(blocks)) == 2 * len(BLOCKS[model_name])
+    assert groups["head"]["lr"] == 0.2
+    everything = [name for group in groups.values() for name in names(group)]
+    assert sorted(everything) == sorted(name for name, _ in model.named_parameters())
+    vectors = names(groups["no_decay"])
+    optimizer = scale_sgd(groups.values())
+    stored = {name for name, p in model.named_parameters() if optimizer.state[p].keys() - {"step"}}
+    assert stored == {head, *vectors}
+    assert optimizer.state[model.get_parameter(head)].keys() == {"step", "momentum_buffer"}
+
+
+def test_split_is_for_full_rank():
+    with pytest.raises(ValueError, match="split=True is for rank=None"):
+        subspan.param_groups(MODELS["llama"](), rank=8, split=True)
+    with pytest.raises(ValueError, match=r"no group named 'head'.*split=True"):
+        scale_sgd(subspan.param_groups(MODELS["llama"](), rank=None, verbose=False))
 
 
 def test_the_grouping_is_printed(capsys):

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import subspan
 from subspan.optim import quant
 from subspan.optim.projectors import captured_energy, orient, random_basis
-from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
+from subspan.optim.rules import Adafactor, Adam, ColumnNorm, Lion, SGDMomentum
 
 
 def group(*params, **settings):
@@ -594,9 +594,51 @@ def test_a_bad_group_added_later_leaves_the_optimizer_as_it_was():
     assert optimizer.state[q]["step"].item() == 2
 
 
+def test_a_group_with_a_name_may_have_a_rule_of_its_own():
+    """It is stepped as by an optimizer with that rule alone, and a saved state goes on bit for bit."""
+
+    def build():
+        torch.manual_seed(0)
+        p, q, x = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6))
+        groups = [
+            {"params": [p], "name": "matrices", "full_rank": True},
+            {"params": [q], "name": "head"},
+            {"params": [x], "name": "vectors"},
+        ]
+        rules = {"head": ColumnNorm(0.9)}
+        return (p, q, x), subspan.ProjectedOptimizer(groups, 0.1, rule=ColumnNorm(), dense_rule=Adam(), rules=rules)
+
+    params, optimizer = build()
+    feed(optimizer, params, 3)
+    assert [optimizer.state[p].keys() - {"step"} for p in params] == [
+        set(),
+        {"momentum_buffer"},
+        {"exp_avg", "exp_avg_sq"},
+    ]
+    alone = [p.detach().clone() for p in build()[0]]
+    for i, rule in enumerate((ColumnNorm(), ColumnNorm(0.9), Adam())):
+        twin = nn.Parameter(alone[i])
+        single = subspan.ProjectedOptimizer([twin], 0.1, rule=rule)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            drawn = [torch.randn(p.shape, generator=generator) for p in params]
+            twin.grad = drawn[i]
+            single.step()
+        assert twin.equal(params[i])
+    others, other = build()
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p.data)
+    other.load_state_dict(optimizer.state_dict())
+    feed(optimizer, params, 2, seed=1)
+    feed(other, others, 2, seed=1)
+    assert all(p.equal(q) for p, q in zip(params, others, strict=True))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        ({"rules": {"head": Adam()}}, "rules: no group without a rank is named 'head'"),
+        ({"rules": {"head": Adafactor()}, "dense_state_dtype": torch.int8}, "no moment to store with Adafactor"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
         ({"state_dtype": torch.int16}, "state_dtype=torch.int16"),
         ({"dense_state_dtype": torch.uint8}, "dense_state_dtype=torch.uint8"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import subspan
-from subspan.optim.rules import Adafactor, Adam, Lion, Muon, SGDMomentum, SignSGD
+from subspan.optim.rules import Adafactor, Adam, ColumnNorm, Lion, Muon, SGDMomentum, SignSGD
 
 
 def run(rule, gradients, dtype=torch.float32):
@@ -187,6 +187,33 @@ def test_muon_is_for_matrices():
         Muon().init(torch.zeros(5))
     with pytest.raises(ValueError, match=r"momentum=1.0"):
         Muon(momentum=1.0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_column_norm_by_hand(momentum):
+    directions, state = run(ColumnNorm(momentum), GRADIENTS)
+    stored, _ = run(ColumnNorm(momentum, dim=-2), [g.mT for g in GRADIENTS])
+    buf = torch.zeros(2, 2)
+    for g, U, turned in zip(GRADIENTS, directions, stored, strict=True):
+        buf = momentum * buf + (1 - momentum) * g
+        for row, u in zip(buf, U, strict=True):  # an output
+            torch.testing.assert_close(u, row / (row.square().mean().sqrt()))
+        torch.testing.assert_close(turned, U.mT)
+    assert state.keys() == ({"momentum_buffer"} if momentum else set())
+
+
+def test_column_norm_leaves_an_output_without_a_gradient_alone():
+    G = torch.tensor([[0.0, 0.0], [1e-6, 0.0]])
+    torch.testing.assert_close(run(ColumnNorm(), [G])[0][0], torch.tensor([[0.0, 0.0], [math.sqrt(2), 0.0]]))
+
+
+def test_column_norm_is_for_matrices():
+    with pytest.raises(ValueError, match=r"ColumnNorm cannot step a parameter of shape \(5,\): set dense_rule=Adam"):
+        ColumnNorm().init(torch.zeros(5))
+    with pytest.raises(ValueError, match=r"momentum=1.0"):
+        ColumnNorm(momentum=1.0)
+    with pytest.raises(ValueError, match=r"dim=0 must be -1"):
+        ColumnNorm(dim=0)
 
 
 def test_matrices_of_full_rank_have_the_rule_and_the_rest_the_dense_rule():

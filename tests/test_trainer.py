@@ -39,6 +39,7 @@ PRESETS = {  # a learning rate at which 20 steps of each learn something
     "adafactor": 0.01,
     "muon": 0.02,
     "sign_sgd": 0.003,
+    "scale_sgd": 0.01,
 }
 
 

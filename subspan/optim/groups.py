@@ -38,6 +38,7 @@ def param_groups(
     proj_type: str = "std",
     lr: float | None = None,
     dense_lr: float | None = None,
+    split: bool = False,
     verbose: bool = True,
 ) -> list[dict[str, Any]]:
     """The parameter groups of `model` for a `ProjectedOptimizer`: projected matrices, dense parameters, dense vectors.
@@ -55,6 +56,9 @@ def param_groups(
             than two dimensions.
         scale, update_proj_gap, proj_type: keys of the projected group.
         lr: learning rate of the projected group, dense_lr: of both dense groups; None: the optimizer's.
+        split: with rank=None, groups of their own for what rules treat differently that tell inputs from outputs (`ColumnNorm`):
+            "head", the last layer, and "projected (in, out)" and "dense (in, out)", weights of Conv1D and Embedding modules.
+            The last layer is the model's output embedding, tied or not, or else the last linear layer outside of the blocks.
         verbose: print `describe_groups`.
 
     Returns groups of (name, parameter) pairs. Vectors (norms, biases) get weight_decay=0. Empty groups are left out.
@@ -69,6 +73,8 @@ def param_groups(
         raise ValueError(
             "targets=None found no linear layer in numbered blocks: name the weights, as in targets=['attn', 'mlp']"
         )
+    if split and (rank is not None or views):
+        raise ValueError(f"split=True is for rank=None without views, not rank={rank!r}, views={views!r}: drop it")
     viewed = _views(trainable, chosen, views or {})
     shared = {"scale": scale, "update_proj_gap": update_proj_gap, "proj_type": proj_type}
     groups: list[dict[str, Any]] = []
@@ -82,6 +88,8 @@ def param_groups(
     groups.append({"params": [(n, p) for n, p in rest if p.ndim >= 2], "name": "dense", **_given(dense_lr)})
     vectors = [(n, p) for n, p in rest if p.ndim < 2]
     groups.append({"params": vectors, "name": "no_decay", "weight_decay": 0.0, **_given(dense_lr)})
+    if split:
+        groups = _split(model, groups, chosen)
     groups = [group for group in groups if group["params"]]
     if verbose:
         print(describe_groups(groups))
@@ -108,8 +116,8 @@ def describe_groups(groups: Sequence[Mapping[str, Any]]) -> str:
         keys = ("rank", "proj_type", "scale", "update_proj_gap") if "rank" in group else ()
         settings = [f"{key} {group[key]}" for key in (*keys, "lr", "weight_decay") if key in group]
         title = group.get("name", "projected" if "rank" in group else "dense")
-        if title == "projected" and "rank" not in group:
-            title = "matrices (full rank)"
+        if "rank" not in group:
+            title = title.replace("projected", "matrices (full rank)")
         lines.append(f"{title}: {len(pairs)} tensors, {count / 1e6:.2f} M parameters" + ", ".join(["", *settings]))
         kinds: dict[tuple[str, tuple[int, ...]], int] = {}
         for name, p in pairs:
@@ -127,6 +135,29 @@ def _pairs(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     return [item if isinstance(item, tuple) else (f"parameter.{i}", item) for i, item in enumerate(group["params"])]
 
 
+def _split(model: nn.Module, groups: list[dict[str, Any]], chosen: set[str]) -> list[dict[str, Any]]:
+    """The groups of `param_groups(split=True)`."""
+    modules = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
+    turned = {m.weight for m in modules.values() if _is(m, "Embedding", "Conv1D")}
+    rest = {m.weight for name, m in modules.items() if _is(m, "Linear") and f"{name}.weight" not in chosen}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    trained = [p for group in groups for _, p in group["params"]]
+    last = {output.weight} if output is not None else {*[p for p in trained if p in rest][-1:]}
+    made = []
+    for group in groups:
+        parts: dict[str, list[tuple[str, Tensor]]] = {group["name"]: []}
+        for name, p in group["params"]:
+            own = f"{group['name']} (in, out)" if p in turned else group["name"]
+            parts.setdefault("head" if p in last else own, []).append((name, p))
+        made += [{**group, "name": name, "params": params} for name, params in parts.items()]
+    return made
+
+
+def _is(module: nn.Module, *names: str) -> bool:
+    """Whether the module's class, or one that it was made of, has one of these names."""
+    return any(cls.__name__ in names for cls in type(module).__mro__)
+
+
 def _given(lr: float | None) -> dict[str, float]:
     return {} if lr is None else {"lr": lr}
 
@@ -136,9 +167,7 @@ def default_targets(model: nn.Module) -> set[str]:
     matrices = {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if any(cls.__name__ in MATRIX_MODULES for cls in type(module).__mro__)
-        and IN_BLOCK.search(f".{name}.")
-        and not ROUTER.search(name.rpartition(".")[2])
+        if _is(module, *MATRIX_MODULES) and IN_BLOCK.search(f".{name}.") and not ROUTER.search(name.rpartition(".")[2])
     }
     return {
         name

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -53,6 +53,9 @@ from subspan.optim.update import update_weight, works_by_parts
 Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor, Tensor]
 """A group, a parameter of it, its R (its gradient if it is dense), the norm of R, what of R counts."""
 
+Memory = tuple[Rule, Store, torch.dtype | None]
+"""A rule, how its moments are stored, and the dtype of those that are not in codes."""
+
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # missing in torch's own types
 
 LOW_BITS: dict[torch.dtype, Bits] = {torch.int8: 8, INT4: 4}
@@ -71,6 +74,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         rule: `Adam()`, `Adafactor()`, `Lion()`, `SGDMomentum()`.
         dense_rule: rule of dense parameters, such as Adafactor() for large embeddings; None: `rule`, which always steps groups
             with full_rank=True.
+        rules: rules of single groups without a rank, by the group's `name`, before `rule` and `dense_rule`.
         projector: `SubspaceIteration()`, `SVD()`, `RandomizedSVD()`, `Random()`.
         refresh: see `Refresh`.
         combine: what becomes of the part of a gradient outside the subspace: `Fira()`, `Frugal()`, `Apollo()`; None (GaLore): it
@@ -112,6 +116,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         *,
         rule: Rule | None = None,
         dense_rule: Rule | None = None,
+        rules: Mapping[str, Rule] | None = None,
         projector: Projector | None = None,
         refresh: Refresh | None = None,
         combine: Combine | None = None,
@@ -132,8 +137,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             dense_state_dtype = state_dtype
             if state_dtype in LOW_BITS and not works_by_parts(dense_rule) and dense_rule is not rule:
                 dense_state_dtype = torch.float32
-        _check_dtypes(state_dtype, rule, dense_state_dtype, dense_rule, basis_dtype)
-        for r in (rule, dense_rule):
+        self.rules = dict(rules or {})
+        _check_dtypes(state_dtype, rule, dense_state_dtype, (dense_rule, *self.rules.values()), basis_dtype)
+        for r in (rule, dense_rule, *self.rules.values()):
             if compile and type(r).__hash__ is None:
                 raise ValueError(
                     f"compile=True tells rules apart by their hash, which {type(r).__name__} lacks: make it a frozen dataclass"
@@ -156,17 +162,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self.rule = rule
         self.dense_rule = dense_rule
         self._memories = {
-            kind: (
-                r,
-                Store(LOW_BITS.get(dtype), kind == "projected"),  # type: ignore[arg-type]
-                torch.float32 if dtype in LOW_BITS else dtype,
-            )
-            for kind, r, dtype in (
-                ("projected", rule, state_dtype),
-                ("full_rank", rule, state_dtype),
-                ("dense", dense_rule, dense_state_dtype),
-            )
+            "projected": _memory(rule, state_dtype, transposed=True),
+            "full_rank": _memory(rule, state_dtype),
+            "dense": _memory(dense_rule, dense_state_dtype),
         }
+        self._named = {name: _memory(r, dense_state_dtype) for name, r in self.rules.items()}
         self.projector = SubspaceIteration() if projector is None else projector
         self.gradients = gradients
         refresh = Refresh() if refresh is None else refresh
@@ -195,6 +195,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._built = False
         defaults = {"lr": lr, "weight_decay": weight_decay, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
         super().__init__(params, defaults)
+        if unknown := self.rules.keys() - (names := {g.get("name") for g in self.param_groups if "rank" not in g}):
+            raise ValueError(
+                f"rules: no group without a rank is named {min(unknown)!r}: there are {sorted(map(str, names))}"
+            )
         self._timetable.stagger(list(self._index), self._gap)
         self._hook()
         self._built = True
@@ -279,9 +283,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 return moments[name].float().clone()
         return None
 
-    def _memory(self, group: dict[str, Any]) -> tuple[Rule, Store, torch.dtype | None]:
+    def _memory(self, group: dict[str, Any]) -> Memory:
         """The rule of a group's parameters, how their moments are stored, and the dtype of those that are not in codes."""
-        return self._memories["projected" if "rank" in group else "full_rank" if group.get("full_rank") else "dense"]
+        if "rank" in group:
+            return self._memories["projected"]
+        kind = "full_rank" if group.get("full_rank") else "dense"
+        return self._named.get(group.get("name", ""), self._memories[kind])
 
     # --------------------------------------------------------------------------------------------------- step
 
@@ -586,11 +593,16 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._hook()
 
 
+def _memory(rule: Rule, dtype: torch.dtype | None, transposed: bool = False) -> Memory:
+    bits = None if dtype is None else LOW_BITS.get(dtype)
+    return rule, Store(bits, transposed), torch.float32 if bits else dtype
+
+
 def _check_dtypes(
     state: torch.dtype | None,
     rule: Rule,
     dense_state: torch.dtype | None,
-    dense_rule: Rule,
+    dense_rules: Sequence[Rule],
     basis: torch.dtype | None,
 ) -> None:
     for name, dtype, low in (
@@ -601,7 +613,8 @@ def _check_dtypes(
         if dtype is not None and not dtype.is_floating_point and dtype not in low:
             fewer = " or ".join(map(str, low))
             raise ValueError(f"{name}={dtype} is not supported: use torch.float32, torch.bfloat16, {fewer}")
-    for name, dtype, r in (("state_dtype", state, rule), ("dense_state_dtype", dense_state, dense_rule)):
+    used = [("state_dtype", state, rule), *(("dense_state_dtype", dense_state, r) for r in dense_rules)]
+    for name, dtype, r in used:
         if dtype in LOW_BITS and not works_by_parts(r):
             raise ValueError(
                 f"{name}={dtype} has no moment to store with {type(r).__name__}, whose state is small or needs all of it at "

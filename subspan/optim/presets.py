@@ -18,7 +18,7 @@ from subspan.optim.combine import Apollo, Fira, Frugal, Orthogonal
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.projectors import SVD, Random
 from subspan.optim.refresh import Refresh
-from subspan.optim.rules import Adafactor, Adam, Lion, Muon, SGDMomentum, SignSGD
+from subspan.optim.rules import Adafactor, Adam, ColumnNorm, Lion, Muon, SGDMomentum, SignSGD
 
 
 class GaLoreAdamW(ProjectedOptimizer):
@@ -162,6 +162,29 @@ def sign_sgd(params: Iterable[Any], lr: float = 1e-3, **kwargs: Any) -> Projecte
     return ProjectedOptimizer(params, lr, rule=SignSGD(), **{"dense_rule": Adam(), **kwargs})
 
 
+def scale_sgd(params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.9, **kwargs: Any) -> ProjectedOptimizer:
+    """SCALE (arXiv 2506.16659): columns of the gradient at equal length for every matrix, embeddings too, with momentum in the
+    last layer alone; AdamW for vectors. Over `param_groups(rank=None, split=True)`.
+
+    Not `scale`, the preset's name: that is the factor on projected updates. A tied embedding is the last layer.
+    """
+    groups = list(params)
+    names = {group.get("name") for group in groups if isinstance(group, dict)}
+    if "head" not in names:
+        raise ValueError(
+            "scale_sgd found no group named 'head', the last layer: give it param_groups(model, rank=None, split=True)"
+        )
+    turned = ColumnNorm(dim=-2)
+    rules = {
+        "projected (in, out)": turned,
+        "dense (in, out)": turned,
+        "dense": ColumnNorm(),
+        "head": ColumnNorm(momentum),
+    }
+    rules = {name: rule for name, rule in rules.items() if name in names}
+    return ProjectedOptimizer(groups, lr, rule=ColumnNorm(), rules=rules, **{"dense_rule": Adam(), **kwargs})
+
+
 PRESETS: dict[str, Callable[..., ProjectedOptimizer]] = {
     "galore": GaLoreAdamW,
     "galore8bit": GaLoreAdamW8bit,
@@ -180,9 +203,10 @@ PRESETS: dict[str, Callable[..., ProjectedOptimizer]] = {
     "adafactor": adafactor,
     "muon": muon,
     "sign_sgd": sign_sgd,
+    "scale_sgd": scale_sgd,
 }
 
-FULL_RANK = ("adamw", "adamw8bit", "adafactor", "muon", "sign_sgd")
+FULL_RANK = ("adamw", "adamw8bit", "adafactor", "muon", "sign_sgd", "scale_sgd")
 """The presets that project nothing: baselines."""
 
 FULL_GRADIENT = ("fira", "frugal", "apollo", "apollo_mini", "subspan")

@@ -11,6 +11,7 @@ References
     SGDMomentum torch.optim.SGD
     SignSGD     Bernstein et al., arXiv 1802.04434
     Muon        Jordan et al., https://kellerjordan.github.io/posts/muon; torch.optim.Muon
+    ColumnNorm  SCALE, arXiv 2506.16659
 """
 
 from __future__ import annotations
@@ -326,6 +327,51 @@ class Muon:
     def transport(self, state: State, C: Tensor, step: int) -> None:
         """buf <- C buf."""
         _turn(state["momentum_buffer"], C)
+
+
+@dataclass(frozen=True)
+class ColumnNorm:
+    """U = B / rms(B) along the inputs, for each output alone: SCALE's step.
+
+        B = buf <- momentum buf + (1 - momentum) R;  momentum=0: B = R, no state
+
+    dim: the dimension of the inputs. -1: of weights (out, in), torch's Linear; -2: of those that are stored (in, out), Embedding
+        and Conv1D.
+    A column of the paper's matrices (in, out) is an output. Its formula divides by the norm, its published learning rates (1e-3)
+    are for the root mean square, which gives steps of the length of Adam's. An output without a gradient stays where it is.
+    For matrices and batches of them (..., m, n); vectors need another rule.
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    momentum: float = 0.0
+    dim: int = -1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"momentum={self.momentum!r} must be in [0, 1)")
+        if self.dim not in (-1, -2):
+            raise ValueError(f"dim={self.dim!r} must be -1, inputs are the last dimension, or -2")
+
+    def init(self, R: Tensor) -> State:
+        if R.ndim < 2:
+            raise ValueError(f"ColumnNorm cannot step a parameter of shape {tuple(R.shape)}: set dense_rule=Adam()")
+        return {"momentum_buffer": torch.zeros_like(R)} if self.momentum else {}
+
+    def update(self, R: Tensor, state: State, step: Tensor, use: Tensor | None = None) -> Tensor:
+        B = _compute(R)
+        if self.momentum:
+            buf = state["momentum_buffer"].to(B.dtype)
+            B = buf.lerp_(B, _if(use, 1 - self.momentum, 0.0, B))
+            state["momentum_buffer"].copy_(buf)
+        rms = torch.linalg.vector_norm(B, dim=self.dim, keepdim=True) / math.sqrt(max(B.shape[self.dim], 1))
+        U: Tensor = B / rms.clamp_min_(1e-12)
+        return U
+
+    def transport(self, state: State, C: Tensor, step: int) -> None:
+        """buf <- C buf."""
+        if self.momentum:
+            _turn(state["momentum_buffer"], C)
 
 
 def _turn(moment: Tensor, C: Tensor) -> None:

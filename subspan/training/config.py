@@ -35,6 +35,7 @@ Preset = Literal[
     "adafactor",
     "muon",
     "sign_sgd",
+    "scale_sgd",
 ]
 RuleName = Literal["adam", "adafactor", "lion", "sgd"]
 StateDtype = Literal["float32", "bfloat16", "int8", "int4"]
@@ -42,8 +43,8 @@ BasisDtype = Literal["float32", "bfloat16", "int4"]
 ProjectorName = Literal["subspace_iteration", "svd", "randomized_svd", "random"]
 
 
-WITHOUT_BETAS = {"galore_adafactor", "galore_sgd", "subspan", "adafactor", "muon", "sign_sgd"}
-WITHOUT_EPS = {"galore_lion", "galore_sgd", "subspan", "muon", "sign_sgd"}
+WITHOUT_BETAS = {"galore_adafactor", "galore_sgd", "subspan", "adafactor", "muon", "sign_sgd", "scale_sgd"}
+WITHOUT_EPS = {"galore_lion", "galore_sgd", "subspan", "muon", "sign_sgd", "scale_sgd"}
 
 
 @dataclass
@@ -167,7 +168,7 @@ class OptimConfig:
     preset: Preset = "galore"
     """galore: Adam in the subspace, galore8bit: its moments in 8 bits, qgalore: weights in 8 and basis in 4 bits too, paper:
     exactly the reference, galore_adafactor, galore_lion, galore_sgd; fira, frugal, apollo, apollo_mini, subspan: the rest of
-    the gradient takes part too; adamw, adamw8bit, adafactor, muon, sign_sgd: full rank"""
+    the gradient takes part too; adamw, adamw8bit, adafactor, muon, sign_sgd, scale_sgd (SCALE): full rank"""
     lr: float = 0.01
     """peak learning rate"""
     dense_lr: float | None = None

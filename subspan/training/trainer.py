@@ -71,6 +71,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         update_proj_gap=optim.update_proj_gap,
         proj_type=optim.proj_type,
         dense_lr=optim.dense_lr,
+        split=optim.preset == "scale_sgd",
         verbose=False,
     )
     given: dict[str, Any] = {
