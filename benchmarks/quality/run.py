@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ldadam import LDAdam
 from torch import nn
 
 from subspan.memory import count_memory
@@ -74,6 +75,7 @@ METHODS: dict[str, Method] = {
     "adafactor": Method(0.001, {"preset": "adafactor"}),
     "muon": Method(0.01, {"preset": "muon"}),
     "sign_sgd": Method(0.001, {"preset": "sign_sgd"}),
+    "scale_sgd": Method(0.001, {"preset": "scale_sgd"}),
     "galore": Method(0.003, {"preset": "galore"}),
     "galore, random basis": Method(0.003, {"preset": "galore", "projector": "random"}),
     "galore, transported": Method(0.003, {"preset": "galore", "moments": "transport"}),
@@ -91,6 +93,7 @@ METHODS: dict[str, Method] = {
     "fira 1.0 (package)": Method(
         0.003, build=_package("fira", "FiraAdamW", {"alpha": 0.25}, no_deprecation_warning=True)
     ),
+    "ldadam (ours)": Method(0.001, build=LDAdam),
     "apollo_torch 1.0": Method(0.003, build=_package("apollo_torch", "APOLLOAdamW", _APOLLO)),
 }
 
