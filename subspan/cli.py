@@ -304,7 +304,7 @@ def _parsers() -> tuple[Any, Any]:
         exit_on_error=False,
         usage="subspan report RUN [--figure FILE]",
         description="Draw what the refreshes of a run found, which was trained with --run.diagnostics true: captured energy, "
-        "angles between bases, stable ranks.",
+        "angles between bases, stable ranks, error of low-bit state.",
     )
     report.add_argument("run", type=str, help="run folder")
     report.add_argument("--figure", type=str | None, help=".png, .svg or .pdf file; RUN/refreshes.png without it")

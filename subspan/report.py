@@ -122,8 +122,8 @@ def draw_refreshes(run: Path, path: Path) -> None:
             for field in FIELDS:
                 if row.get(field) is not None:
                     series[field][kind][line["step"]].append(row[field])
-    figure = require("matplotlib.figure", "plan").Figure(figsize=(13, 6), layout="constrained")
-    axes = figure.subplots(2, 4).flat
+    figure = require("matplotlib.figure", "plan").Figure(figsize=(16, 6), layout="constrained")
+    axes = figure.subplots(2, 5).flat
     for ax, (field, what) in zip(axes, FIELDS.items(), strict=True):
         for kind, steps in series[field].items():
             ax.plot(list(steps), [median(values) for values in steps.values()], ".-", markersize=3, label=kind)

@@ -243,7 +243,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 write_basis(state, torch.eye(*basis_shape[-2:], device=p.device).expand(basis_shape))
             if self.combine is not None:
                 state |= self.combine.init(p.device)
-        rule, store, dtype = self._memory(group)
+        rule, store, dtype = self.memory(group)
         template = torch.empty(shape, dtype=dtype or p.dtype, device="meta")
         state.update(store.init(rule.init(template), p.device))
         self.state[p] = state
@@ -277,13 +277,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def first_moment(self, p: Tensor) -> Tensor | None:
         """exp_avg or momentum_buffer of p in fp32, (..., r, k) of a projected parameter: a copy; None if its rule has neither."""
         group = self.group_of(p)
-        moments = self._memory(group)[1].load(self.state[p], self.shapes(p)[1] if "rank" in group else p.shape)
+        moments = self.memory(group)[1].load(self.state[p], self.shapes(p)[1] if "rank" in group else p.shape)
         for name in ("exp_avg", "momentum_buffer"):
             if name in moments:
                 return moments[name].float().clone()
         return None
 
-    def _memory(self, group: dict[str, Any]) -> Memory:
+    def memory(self, group: dict[str, Any]) -> Memory:
         """The rule of a group's parameters, how their moments are stored, and the dtype of those that are not in codes."""
         if "rank" in group:
             return self._memories["projected"]
@@ -366,7 +366,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         with mark("project"):
             G = as_matrix(G.contiguous(), group)
             A, Q = orient(G, pick_side(G.shape, group["proj_type"])), self.basis(p, G.dtype)
-            turned = self._memory(group)[1].bits is not None
+            turned = self.memory(group)[1].bits is not None
             if R is None:
                 return project(A, Q, turned)
             X, left, right = (R.mT, A.mT, Q) if turned else (R, Q.mT, A)
@@ -403,7 +403,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         lr = float(group["lr"])
         keep = 1 - lr * group["weight_decay"]
         size = lr * keep if self.decay_after_update else lr
-        rule, store, _ = self._memory(group)
+        rule, store, _ = self.memory(group)
         generator = None
         if isinstance(p, Int8Weight) or (self.stochastic_rounding and p.dtype == torch.bfloat16):
             generator = torch.Generator(device=p.device).manual_seed(self._rounding_seed(p))
@@ -509,7 +509,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         how, state = self.refresh.moments, self.state[p]
         if how in (None, "keep") or (self.refresh.gate is not None and same is not None and same <= self.refresh.gate):
             return
-        rule, store, _ = self._memory(group)
+        rule, store, _ = self.memory(group)
         moments = store.load(state, self.shapes(p)[1])
         if how == "reset":
             for name in moments.keys() - set(OWN):

@@ -316,7 +316,8 @@ class RunConfig:
     profile: int = 0
     """steps to profile, after the first three: where time goes, as a table, profile.json and trace.json in the run folder"""
     diagnostics: bool = False
-    """write what every refresh finds to metrics.jsonl: captured energy, angles, stable ranks; `subspan report` draws it"""
+    """write what every refresh finds to metrics.jsonl: captured energy, angles, stable ranks, error of low-bit state;
+    `subspan report` draws it"""
 
     def __post_init__(self) -> None:
         _check_whole("run.steps", self.steps, minimum=1)
