@@ -207,6 +207,14 @@ def test_column_norm_leaves_an_output_without_a_gradient_alone():
     torch.testing.assert_close(run(ColumnNorm(), [G])[0][0], torch.tensor([[0.0, 0.0], [math.sqrt(2), 0.0]]))
 
 
+@pytest.mark.parametrize("rule", [ColumnNorm(0.9), Muon()], ids=lambda rule: type(rule).__name__)
+def test_a_gradient_that_is_left_out_leaves_momentum_as_it_is(rule):
+    _, state = run(rule, GRADIENTS)
+    before = state["momentum_buffer"].clone()
+    rule.update(torch.zeros(2, 2), state, torch.tensor(4.0), use=torch.tensor(False))
+    assert state["momentum_buffer"].equal(before)
+
+
 def test_column_norm_is_for_matrices():
     with pytest.raises(ValueError, match=r"ColumnNorm cannot step a parameter of shape \(5,\): set dense_rule=Adam"):
         ColumnNorm().init(torch.zeros(5))
