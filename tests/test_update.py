@@ -56,9 +56,9 @@ def test_parts_make_the_same_step(monkeypatch, shape, rule, state_dtype):
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("option", ["fp32", "int8", "rounded"])
 def test_temporaries_are_those_of_a_part(dense, option):
-    """8 M values: a full fp32 temporary would be 32 MiB, a part of 2^18 values is 1 MiB."""
-    p = nn.Parameter(torch.zeros(4096, 2048, dtype=torch.bfloat16))
-    group = {"params": [p]} if dense else {"params": [p], "rank": 512}
+    """2 M values: a full fp32 temporary would be 8 MiB, a part of 2^18 values is 1 MiB."""
+    p = nn.Parameter(torch.zeros(2048, 1024, dtype=torch.bfloat16))
+    group = {"params": [p]} if dense else {"params": [p], "rank": 256}
     optimizer = subspan.ProjectedOptimizer(
         [group],
         0.01,
@@ -66,7 +66,7 @@ def test_temporaries_are_those_of_a_part(dense, option):
         stochastic_rounding=option == "rounded",
         refresh=subspan.Refresh(first="random"),
     )
-    R = torch.ones(512 if not dense else 4096, 4096 if not dense else 2048, dtype=torch.bfloat16)
+    R = torch.ones((2048, 1024) if dense else (256, 2048), dtype=torch.bfloat16)
     with torch.no_grad(), LargestResult() as seen:
         optimizer.apply(optimizer.param_groups[0], p, R, torch.tensor(True))
     assert p.count_nonzero()

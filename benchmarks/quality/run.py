@@ -39,7 +39,7 @@ BATCH = 4  # sequences of 256 tokens a step
 SHORT = 400  # steps of a run of the search
 LONG = 2000  # steps of a long run: 2 M tokens
 SEEDS = (1, 2, 3)  # of the long runs; the search has 0
-DENSE_RATE = 0.01  # where searches start
+DENSE_RATE = 0.1  # where searches start: AdamW, from 0.01, went there
 GAP = 100  # T
 MODELS = {"llama-2m": (32, 2048), "llama-9m": (64, 4096), "llama-25m": (96, 4096)}
 """r, a quarter of the hidden size, and pieces of the tokenizer."""
@@ -70,13 +70,13 @@ def _package(module: str, name: str, renamed: dict[str, Any] | None = None, **op
 
 _APOLLO = {"proj": "random", "scale_type": "channel", "scale": 1.0}
 METHODS: dict[str, Method] = {
-    "adamw": Method(0.001, {"preset": "adamw"}),
-    "adamw beta2=0.95": Method(0.001, {"preset": "adamw", "betas": [0.9, 0.95]}),
+    "adamw": Method(0.003, {"preset": "adamw"}),
+    "adamw beta2=0.95": Method(0.003, {"preset": "adamw", "betas": [0.9, 0.95]}),
     "adafactor": Method(0.001, {"preset": "adafactor"}),
     "muon": Method(0.01, {"preset": "muon"}),
     "sign_sgd": Method(0.001, {"preset": "sign_sgd"}),
     "scale_sgd": Method(0.001, {"preset": "scale_sgd"}),
-    "galore": Method(0.003, {"preset": "galore"}),
+    "galore": Method(0.01, {"preset": "galore"}),
     "galore, random basis": Method(0.003, {"preset": "galore", "projector": "random"}),
     "galore, transported": Method(0.003, {"preset": "galore", "moments": "transport"}),
     "galore8bit": Method(0.003, {"preset": "galore8bit"}),
