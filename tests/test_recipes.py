@@ -20,6 +20,7 @@ EXPECTED = {
     "llama_1b_galore": (1339.08, 1207.91),
     "llama_7b_galore": (6738.42, 6476.01),
     "cpu_9m": (8.43, 6.32),
+    "cpu_2m": (1.71, 1.19),
     "quickstart": (3.34, 1.77),
 }
 
