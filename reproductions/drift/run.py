@@ -19,6 +19,7 @@ import glob
 import itertools
 import json
 import multiprocessing
+import re
 import shutil
 import statistics
 from collections.abc import Callable
@@ -91,7 +92,7 @@ def kind_of(name: str) -> str:
 
 
 def medians(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> dict[str, float]:
-    return {key: statistics.median(row[key] for row in rows) for key in keys}
+    return {key: float(f"{statistics.median(row[key] for row in rows):.4g}") for key in keys}
 
 
 # --------------------------------------------------------------------------------------------------------- rows
@@ -234,7 +235,7 @@ def _in_process(run: Callable[..., dict[str, Any]], queue: Any, args: tuple[Any,
 
 def result_of(key: str, out: Path, run: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """The result of a run: from its file, or by a run in a process of its own."""
-    file = RESULTS / f"{key.replace(' ', '_')}.json"
+    file = RESULTS / f"{re.sub('[ ,]+', '_', key)}.json"
     if not file.exists():
         shutil.rmtree(out, ignore_errors=True)  # left by an interrupted run
         context = multiprocessing.get_context("spawn")

@@ -114,25 +114,29 @@ class Contraction:
     drift: list[float] = field(default_factory=list)
     bound: float = math.nan
     start: float = math.nan
+    end: float = math.nan
     _last: tuple[Tensor, Form, float, float] | None = None
 
     def look(self, W: Tensor, P: Tensor, form: Form) -> None:
         G = form.gradient(W)
         R = project(G, P)
+        self.end = float(R.norm())
         if self._last is None:
-            self.bound = self.start = float(R.norm())
+            self.bound = self.start = self.end
         elif self._last[0].norm() > CONVERGED * self.start:
             R_old, old, smallest, kappa = self._last
             E = project(G - old.gradient(W), P)  # what changed of the gradient at one and the same W
             drift = float(E.norm() / R_old.norm()) / self.lr
             factor = 1 - self.lr * (smallest - drift)
-            ratio = float(R.norm() / R_old.norm())
+            ratio = self.end / float(R_old.norm())
             self.steps += 1
             self.broken += ratio > factor * (1 + TOLERANCE)
             self.printed_broken += ratio > (1 - self.lr * kappa) * (1 + TOLERANCE)
             self.premise += drift < smallest
             self.drift.append(drift)
             self.bound *= factor
+        else:
+            self.bound = math.nan
         eigenvalues = torch.linalg.eigvalsh(form.operator(P))
         assert self.lr * float(eigenvalues[-1]) <= 1, "the step is too long for the bound"
         self.smallest.append(float(eigenvalues[0]))
@@ -183,6 +187,7 @@ def summary(check: Contraction) -> dict[str, Any]:
         "kappa": [min(check.kappa), max(check.kappa)],
         "smallest": [min(check.smallest), max(check.smallest)],
         "drift": [min(check.drift), statistics.median(check.drift), max(check.drift)],
+        "left": check.end / check.start,
     }
 
 
@@ -367,13 +372,15 @@ def contraction_table(results: dict[str, Any]) -> str:
         rows += [(f"{name}, {layer} layer", check) for layer, check in pairs]
     rows += [("leaky network, first layer, the second does not learn", results["first_alone"]["checks"][0])]
     lines = [
-        "| | steps | over the bound | kappa | lambda_min(S) | L: smallest, median, largest | steps with L < lambda_min(S) |",
-        "|---|---|---|---|---|---|---|",
+        "| | steps | over the bound | kappa | lambda_min(S) | L: smallest, median, largest | steps with L < lambda_min(S) "
+        "| R at the end, of that at step 0 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, check in rows:
         drift = ", ".join(dict.fromkeys(f"{value:.2g}" for value in check["drift"]))
         ranges = " | ".join(range_of(check[key]) for key in ("kappa", "smallest"))
-        lines.append(f"| {name} | {check['steps']} | {check['broken']} | {ranges} | {drift} | {check['premise']} |")
+        counts = f"{check['steps']} | {check['broken']}"
+        lines.append(f"| {name} | {counts} | {ranges} | {drift} | {check['premise']} | {check['left']:.1e} |")
     return "\n".join(lines)
 
 
