@@ -19,7 +19,6 @@ import glob
 import itertools
 import json
 import multiprocessing
-import re
 import shutil
 import statistics
 from collections.abc import Callable
@@ -43,17 +42,19 @@ RECIPE = HERE.parents[1] / "recipes" / "cpu_2m.yaml"
 
 NEVER = 10**9  # T of a basis that is kept
 GAP = 100  # T of the run that is probed, and of the one whose bases are kept later on
-ROWS: dict[str, dict[str, Any]] = {  # settings of the optimizer; the name is the key of the result
-    "T=10": {"update_proj_gap": 10},
-    "T=25": {"update_proj_gap": 25},
-    "T=50": {"update_proj_gap": 50},
-    "T=100": {"update_proj_gap": GAP},
-    "T=200": {"update_proj_gap": 200},
-    "kept from step 101": {"update_proj_gap": GAP},
-    "kept from step 1": {"update_proj_gap": NEVER},
-    "random, T=25": {"update_proj_gap": 25, "projector": "random"},
-    "random, T=100": {"update_proj_gap": 100, "projector": "random"},
-    "random, kept": {"update_proj_gap": NEVER, "projector": "random"},
+ROWS: dict[
+    str, dict[str, Any]
+] = {  # settings of the optimizer; a name says what is done; kept_101: refreshed at steps 1 and 101 alone
+    "T10": {"update_proj_gap": 10},
+    "T25": {"update_proj_gap": 25},
+    "T50": {"update_proj_gap": 50},
+    "T100": {"update_proj_gap": GAP},
+    "T200": {"update_proj_gap": 200},
+    "kept_101": {"update_proj_gap": GAP},
+    "kept_1": {"update_proj_gap": NEVER},
+    "random_T25": {"update_proj_gap": 25, "projector": "random"},
+    "random_T100": {"update_proj_gap": 100, "projector": "random"},
+    "random_kept": {"update_proj_gap": NEVER, "projector": "random"},
 }
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FIELDS = ("stale", "captured", "overlap", "median_angle", "stable_rank")
@@ -103,7 +104,7 @@ def row_run(name: str, config: TrainConfig) -> dict[str, Any]:
 
     def builder(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         optimizer = build_optimizer(model, config)
-        if name == "kept from step 101":
+        if name == "kept_101":
 
             def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
                 for group in optimizer.param_groups:
@@ -126,7 +127,8 @@ def row_run(name: str, config: TrainConfig) -> dict[str, Any]:
         for kind in KINDS
     ]
     kept = ("valid_loss", "tokens", "seconds", "refresh_seconds", "versions")
-    return {"row": name, **{key: summary[key] for key in kept}, "refreshes": refreshes}
+    setting = {"lr": config.optim.lr, "dense_lr": config.optim.dense_lr, "seed": config.run.seed}
+    return {"row": name, **setting, **{key: summary[key] for key in kept}, "refreshes": refreshes}
 
 
 # ------------------------------------------------------------------------------------------------------- probes
@@ -235,7 +237,7 @@ def _in_process(run: Callable[..., dict[str, Any]], queue: Any, args: tuple[Any,
 
 def result_of(key: str, out: Path, run: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """The result of a run: from its file, or by a run in a process of its own."""
-    file = RESULTS / f"{re.sub('[ ,]+', '_', key)}.json"
+    file = RESULTS / f"{key}.json"
     if not file.exists():
         shutil.rmtree(out, ignore_errors=True)  # left by an interrupted run
         context = multiprocessing.get_context("spawn")
@@ -284,10 +286,10 @@ def main(
     for part in parts or [*ROWS, "probes"]:
         if part not in (*ROWS, "probes"):
             raise SystemExit(f"parts: {part!r} is unknown, use some of {', '.join((*ROWS, 'probes'))}")
-        folder = Path(out) / part.replace(" ", "_")
+        folder = Path(out) / part
         optim = ROWS.get(part, {"update_proj_gap": GAP})
         config = configure(files, valid, folder, steps, lr, dense_lr, seed, optim)
-        key = f"{part} lr={lr:g} dense={dense_lr:g} steps={steps} seed={seed}"
+        key = f"{part}_{lr:g}_{dense_lr:g}_{steps}_{seed}"
         if part == "probes":
             probes = tuple(step for step in PROBES if step <= steps)
             config.run.diagnostics = False

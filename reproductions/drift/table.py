@@ -21,8 +21,8 @@ def load(steps: int = 750) -> tuple[dict[str, list[dict[str, Any]]], dict[str, A
     """The results of every row, one a seed or learning rate, and the probes'."""
     rows: dict[str, list[dict[str, Any]]] = {}
     probes = None
-    for file in sorted(RESULTS.glob(f"*steps={steps}_*.json")):
-        result = json.loads(file.read_text()) | {"file": file.stem}
+    for file in sorted(RESULTS.glob(f"*_{steps}_*.json")):
+        result = json.loads(file.read_text())
         if "row" in result:
             rows.setdefault(result["row"], []).append(result)
         else:
@@ -31,24 +31,28 @@ def load(steps: int = 750) -> tuple[dict[str, list[dict[str, Any]]], dict[str, A
 
 
 def losses(rows: dict[str, list[dict[str, Any]]]) -> str:
-    lines = ["| bases | validation loss | against T = 100 | seconds in refreshes |", "|---|---|---|---|"]
-    base = {_setting(run): run["valid_loss"] for run in rows.get("T=100", [])}
+    lines = [
+        "| bases | lr, dense lr | seed | validation loss | against T = 100 | seconds in refreshes |",
+        "|---|---|---|---|---|---|",
+    ]
+    base = {_setting(run): run["valid_loss"] for run in rows.get("T100", [])}
     for name in ROWS:
         for run in rows.get(name, []):
             setting = _setting(run)
             more = f"{run['valid_loss'] / base[setting] - 1:+.2%}" if setting in base else ""
-            lines.append(f"| {name} ({setting}) | {run['valid_loss']:.4f} | {more} | {run['refresh_seconds']:.1f} |")
+            cells = f"{run['lr']:g}, {run['dense_lr']:g} | {run['seed']} | {run['valid_loss']:.4f} | {more}"
+            lines.append(f"| {name} | {cells} | {run['refresh_seconds']:.1f} |")
     return "\n".join(lines)
 
 
-def _setting(run: dict[str, Any]) -> str:
-    return run["file"].split("_lr=")[1].replace("dense=", "dense ").replace("_", ", ").replace("=", " ")
+def _setting(run: dict[str, Any]) -> tuple[float, float, int]:
+    return run["lr"], run["dense_lr"], run["seed"]
 
 
 def by_gap(rows: dict[str, list[dict[str, Any]]]) -> str:
     """What refreshes find, later than step 200: medians over refreshes and kinds."""
     lines = [
-        "| T | refreshes | median angle | overlap | energy in the old basis | in the new one | of the gradient they come from |",
+        "| T | refreshes | median angle | overlap | energy in the old basis | in the new one | old / new |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in ROWS:
@@ -58,7 +62,7 @@ def by_gap(rows: dict[str, list[dict[str, Any]]]) -> str:
                 count = len({row["step"] for row in some})
                 cells = (median(row[key] for row in some) for key in ("median_angle", "overlap", "stale", "captured"))
                 a, o, s, c = cells
-                lines.append(f"| {name} | {count} | {a:.0f} | {o:.3f} | {s:.3f} | {c:.3f} | {s / c:.1%} kept |")
+                lines.append(f"| {name} | {count} | {a:.0f} | {o:.3f} | {s:.3f} | {c:.3f} | {s / c:.2f} |")
     return "\n".join(lines)
 
 
@@ -117,7 +121,7 @@ def draw(rows: dict[str, list[dict[str, Any]]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    run = next(rows[name][0] for name in ("T=25", "T=50", "T=100") if name in rows)
+    run = next(rows[name][0] for name in ("T25", "T50", "T100") if name in rows)
     figure, axes = plt.subplots(1, 3, figsize=(14, 4))
     for axis, key, title in zip(
         axes,
@@ -146,8 +150,8 @@ def main() -> None:
     tables = {"loss": losses(rows), "gap": by_gap(rows)}
     if probes:
         tables |= {"noise": noise(probes), "kinds": by_kind(probes)}
-    if "T=100" in rows:
-        tables["stable rank"] = stable_ranks(rows["T=100"][0])
+    if "T100" in rows:
+        tables["stable rank"] = stable_ranks(rows["T100"][0])
     readme = HERE / "README.md"
     text = readme.read_text()
     for name, table in tables.items():
@@ -155,7 +159,7 @@ def main() -> None:
             rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S
         )
     readme.write_text(text)
-    if {"T=25", "T=50", "T=100"} & rows.keys():
+    if {"T25", "T50", "T100"} & rows.keys():
         draw(rows)
 
 
