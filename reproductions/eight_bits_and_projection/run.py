@@ -18,7 +18,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,11 @@ class Measurement:
         return row
 
 
+def rounded(values: Iterable[float]) -> float:
+    """The median, in five digits."""
+    return float(f"{statistics.median(values):.5g}")
+
+
 def measure(files: list[str], valid: str) -> dict[str, Any]:
     made: list[Measurement] = []
 
@@ -157,9 +162,9 @@ def measure(files: list[str], valid: str) -> dict[str, Any]:
             some = [row for row in made[0].rows if (row["step"], row["kind"]) == (step, kind)]
             row = {"step": step, "kind": kind, "matrices": len(some)}
             for pair in PAIRS:
-                row[pair] = {key: statistics.median(one[pair][key] for one in some) for key in some[0][pair]}
+                row[pair] = {key: rounded(one[pair][key] for one in some) for key in some[0][pair]}
             for key in ("spread, full", "spread, projected"):
-                row[key] = statistics.median(one[key] for one in some)
+                row[key] = rounded(one[key] for one in some)
             rows.append(row)
     kept = {key: summary[key] for key in ("valid_loss", "first_loss", "versions")}
     return {"seconds": round(time.perf_counter() - begin), **kept, "rows": rows}
@@ -231,7 +236,8 @@ def main(train: str, valid: str) -> None:
         files = sorted(glob.glob(train))
         if not files:
             raise SystemExit(f"train={train!r} matches no file")
-        RESULTS.write_text(json.dumps(measure(files, valid), indent=1) + "\n")
+        result = measure(files, valid)
+        RESULTS.write_text(json.dumps(result).replace('{"step"', '\n{"step"') + "\n")  # a row of the measurement a line
     rows = json.loads(RESULTS.read_text())["rows"]
     readme = HERE / "README.md"
     text = readme.read_text()
