@@ -1,4 +1,4 @@
-"""The command `subspan`: train, eval and plan. An expected error is one line, `subspan: error: ...`, and exit code 2."""
+"""The command `subspan`: train, finetune, eval, plan, report. An error is one line, `subspan: error: ...`, and exit code 2."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from typing import Any, NoReturn
 
 from subspan.extras import require
 from subspan.training.config import SECTIONS, DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, make_config
+from subspan.training.finetune_config import FINETUNE_SECTIONS, FinetuneConfig
 
 EXPECTED = (argparse.ArgumentError, ValueError, OSError, ModuleNotFoundError, FloatingPointError)
+
+# Fields that a configuration fills in from others: a parser's defaults come from one that is filled in already.
+FILLED_IN = {"optim.scale": None, "optim.gradients": None}
 
 # What only training needs, or what the evaluated text itself replaces.
 NOT_IN_EVAL = {"valid_files", "valid_fraction", "split", "vocab_size", "num_workers"}
@@ -53,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if argv[:1] == ["train"]:
             train_command(parse_train(argv), command)
             return
+        if argv[:1] == ["finetune"]:
+            finetune_command(parse_finetune(argv))
+            return
         parser, eval_parser = _parsers()
         arguments = parser.parse_args(argv)
         if arguments.subcommand == "plan":
@@ -78,6 +85,23 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
     parser, _ = _parsers()
     sections = parser.parse_args(list(argv)).train.as_dict()
     return make_config({name: sections[name] for name in (*SECTIONS, "resume")})
+
+
+def parse_finetune(argv: Sequence[str]) -> FinetuneConfig:
+    """The configuration that the words of `subspan finetune ...` mean, values checked; argv[0] is "finetune"."""
+    parser, _ = _parsers()
+    sections = parser.parse_args(list(argv)).finetune.as_dict()
+    made = {name: section(**sections[name]) for name, section in FINETUNE_SECTIONS.items()}
+    return FinetuneConfig(**made, resume=sections["resume"])
+
+
+def finetune_command(config: FinetuneConfig) -> None:
+    """`subspan finetune`."""
+    from subspan.training.finetune import finetune, print_summary
+
+    _no_progress_bars()
+    require("transformers.utils.logging", "train").set_verbosity_error()  # that a head is new is said by the run itself
+    print_summary(finetune(config))
 
 
 def train_command(config: TrainConfig, command: str) -> None:
@@ -227,7 +251,7 @@ def one_line(error: BaseException) -> str:
     message = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)$", r"expected \1, got \2", message)
     message = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)$", r"expected one of \1, got \2", message)
     if message.startswith('expected "subcommand"'):
-        message = "a command is missing: subspan train or subspan eval, or subspan plan, see subspan --help"
+        message = "a command is missing: subspan train or subspan eval, finetune, plan or report, see subspan --help"
     if message.startswith("unrecognized arguments") and "--" not in message:
         message += " (quote a pattern of files, or the shell makes many words of it)"
     return message
@@ -249,6 +273,17 @@ def _parsers() -> tuple[Any, Any]:
     )
     train.add_argument("--config", action="config", help="recipe to start from")
     train.add_class_arguments(TrainConfig)
+    train.set_defaults(FILLED_IN)
+
+    finetune = new(
+        exit_on_error=False,
+        usage="subspan finetune [--config RECIPE.yaml] [--resume auto] [--SECTION.NAME VALUE ...]",
+        description="Fine-tune a pretrained model for sequence classification or regression, with several seeds. For example: "
+        "subspan finetune --model.name FacebookAI/roberta-base --data.folder glue --data.task mrpc --run.seeds '[1, 2, 3]'",
+    )
+    finetune.add_argument("--config", action="config", help="recipe to start from")
+    finetune.add_class_arguments(FinetuneConfig)
+    finetune.set_defaults(FILLED_IN)
 
     evaluate = new(
         exit_on_error=False,
@@ -316,6 +351,7 @@ def _parsers() -> tuple[Any, Any]:
     )
     commands = parser.add_subcommands()
     commands.add_subcommand("train", train, help="train a model with a recipe")
+    commands.add_subcommand("finetune", finetune, help="fine-tune a classifier, with several seeds")
     commands.add_subcommand("eval", evaluate, help="validation loss and perplexity of a run or a model")
     commands.add_subcommand("plan", plan, help="memory of a run, before it is started")
     commands.add_subcommand("report", report, help="figures of a run")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import random
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
@@ -74,3 +78,54 @@ def tiny_config(
             }
         ),
     )
+
+
+# ---------------------------------------------------------------------------------------------------- classification
+
+
+def write_tokenizer(folder: Path, *, special: bool = True) -> Any:
+    """A tokenizer of whole words, saved in `folder`; `special`: with BERT's tokens, else with an end of text alone."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    own = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if special else ["[EOS]", "[UNK]"]
+    vocabulary = {word: i for i, word in enumerate([*own, '"', "a", *WORDS])}
+    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"unk_token": "[UNK]", "eos_token": "[EOS]"}
+    if special:
+        tokens.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+        names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, model_max_length=64, **names)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_classifier(folder: Path) -> str:
+    """A BERT of 2 layers and its tokenizer in `folder`, without a head: what a fine-tuning starts from."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {
+        **SIZES,
+        "vocab_size": len(write_tokenizer(folder)),
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
+    BertModel(BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    """A .jsonl, .tsv or .csv file of rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        if path.suffix == ".csv":
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        elif path.suffix == ".tsv":
+            stream.writelines("\t".join(map(str, line)) + "\n" for line in [rows[0], *(row.values() for row in rows)])
+        else:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)

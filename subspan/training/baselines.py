@@ -11,6 +11,7 @@ tables of arXiv 2403.03507, unless `model.train_rest` is false. An exported mode
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from subspan.extras import require
 from subspan.optim.groups import default_targets
 from subspan.training.config import TrainConfig
+from subspan.training.finetune_config import FinetuneConfig
 
 
 class Factorized(nn.Module):
@@ -52,8 +54,10 @@ class Factorized(nn.Module):
         return layer
 
 
-def add_baseline(model: nn.Module, config: TrainConfig) -> None:
+def add_baseline(model: nn.Module, config: TrainConfig | FinetuneConfig, head: Collection[str] = ()) -> None:
     """Change `model`, in place, as `config.model.baseline` says; nothing if it is None.
+
+    head: names of parameters that are trained whatever `config.model.train_rest` says.
 
     Raises ValueError: the model has no linear layers in numbered blocks, or they are in 8 bits.
     """
@@ -78,7 +82,7 @@ def add_baseline(model: nn.Module, config: TrainConfig) -> None:
         chosen = {name for name, p in model.named_parameters() if any(name.startswith(f"{layer}.") for layer in layers)}
     for name, p in model.named_parameters():
         if name not in chosen:
-            p.requires_grad_(config.model.train_rest)
+            p.requires_grad_(config.model.train_rest or name in head)
 
 
 def merge(model: nn.Module) -> None:

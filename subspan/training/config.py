@@ -391,8 +391,8 @@ class TrainConfig:
 SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
 
 
-def save_config(config: TrainConfig, path: Path) -> None:
-    """Write `config` as YAML that `subspan train --config` and `load_config` read."""
+def save_config(config: Any, path: Path) -> None:
+    """Write `config`, of a whole run, as YAML that `--config` and `load_config` read."""
     values = {**dataclasses.asdict(config), "resume": None}  # whether to resume is a decision of each start
     new = path.with_suffix(".new")  # a run that is killed here has the old one or the new one
     new.write_text(require("yaml", "train").safe_dump(values, sort_keys=False), encoding="utf-8")

@@ -167,13 +167,13 @@ def read_rows(path: Path, argument: str) -> Iterator[tuple[str, dict[str, Any]]]
         yield f"{path}:{number}", row
 
 
-def text_of(row: Mapping[str, Any], text_key: str, where: str) -> str:
-    """The text of a row; `where` names the row in the error."""
+def text_of(row: Mapping[str, Any], text_key: str, where: str, *, argument: str = "data.text_key") -> str:
+    """The text of a row; `where` names the row in the error, `argument` the setting."""
     if text_key not in row:
-        raise ValueError(f"data.text_key={text_key!r}: {where} has no such key: use one of {sorted(row)}")
+        raise ValueError(f"{argument}={text_key!r}: {where} has no such key: use one of {sorted(row)}")
     text = row[text_key]
     if not isinstance(text, str):
-        raise ValueError(f"data.text_key={text_key!r}: {where} holds no text under it, but {text!r:.60}")
+        raise ValueError(f"{argument}={text_key!r}: {where} holds no text under it, but {text!r:.60}")
     # JSON can hold half a surrogate pair, which is no character and which no tokenizer takes: it becomes "?".
     return text.encode("utf-8", "replace").decode("utf-8")
 

@@ -79,6 +79,11 @@ class RunLog:
         self._write(step, {"tokens": tokens, "valid_loss": valid_loss, "perplexity": perplexity})
         self.say(f"step {step}: validation loss {valid_loss:.4f}, perplexity {perplexity:.2f}")
 
+    def scores(self, step: int, epoch: int, **values: float) -> None:
+        """Metrics of the validation rows after an epoch, `valid_loss` among them."""
+        self._write(step, {"epoch": epoch, **values})
+        self.say(f"epoch {epoch}: {', '.join(f'{name} {value:.4f}' for name, value in values.items())}")
+
     def refreshes(self, step: int, rows: list[dict[str, Any]]) -> None:
         """What diagnostics saw of the bases that changed in this step: one line for all, means in TensorBoard."""
         self.metrics.write(json.dumps(json_ready({"step": step, "refreshes": rows})) + "\n")

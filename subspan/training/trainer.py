@@ -28,7 +28,7 @@ from subspan.optim.refresh import Refresh
 from subspan.optim.rules import Adafactor, Adam, Lion, Rule, SGDMomentum
 from subspan.training.baselines import add_baseline, merge, restart_adapters, restart_factor
 from subspan.training.checkpoint import Checkpointer, load
-from subspan.training.config import RunConfig, TrainConfig, save_config
+from subspan.training.config import OptimConfig, RunConfig, TrainConfig, save_config
 from subspan.training.data import StreamDataset, make_loader
 from subspan.training.evaluation import Batch, EvalResult, evaluate, to_device, trained_tokens
 from subspan.training.models import build_model, compile_blocks, model_config, save_pretrained
@@ -60,7 +60,11 @@ PROJECTORS = {"subspace_iteration": SubspaceIteration, "svd": SVD, "randomized_s
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """The optimizer of `config.optim` over the parameter groups of `model`."""
-    optim = config.optim
+    return make_optimizer(model, config.optim, config.run.seed)
+
+
+def make_optimizer(model: nn.Module, optim: OptimConfig, seed: int) -> ProjectedOptimizer:
+    """The same by parts."""
     assert optim.scale is not None  # OptimConfig has filled it in
     assert optim.gradients is not None
     groups = param_groups(
@@ -95,7 +99,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
             moments=optim.moments,
             gate=optim.moments_gate,
             align=optim.align,
-            seed=config.run.seed,
+            seed=seed,
         ),
         gradients=optim.gradients,
         compile=optim.compile,
@@ -355,10 +359,16 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
 
 def lr_factor(step: int, run: RunConfig) -> float:
     """Share of the peak lr at `step`, 1 to run.steps: linear to 1 at warmup_steps, then cosine to min_lr_ratio at the last."""
-    if step <= run.warmup_steps:
-        return step / run.warmup_steps
-    progress = (step - run.warmup_steps) / (run.steps - run.warmup_steps)
-    return run.min_lr_ratio + (1 - run.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
+    return warm_up_and_decay(step, run.steps, run.warmup_steps, run.min_lr_ratio)
+
+
+def warm_up_and_decay(step: int, steps: int, warmup_steps: int, min_lr_ratio: float, *, linear: bool = False) -> float:
+    """The same by parts; linear: a straight line instead of the cosine."""
+    if step <= warmup_steps:
+        return step / warmup_steps
+    progress = (step - warmup_steps) / (steps - warmup_steps)
+    share = 1 - progress if linear else (1 + math.cos(math.pi * progress)) / 2
+    return min_lr_ratio + (1 - min_lr_ratio) * share
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,420 @@
+"""Fine-tuning for sequence classification and regression: several seeds, an evaluation after each epoch, best and last epoch.
+
+OUT/config.yaml, summary.json
+OUT/seed_1/metrics.jsonl, tensorboard/      as of a training run
+OUT/seed_1/result.json                      once the seed is done; until then checkpoints/
+OUT/seed_1/model/                           the last model, with run.export
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from subspan.extras import require
+from subspan.memory import count_memory, peak_memory
+from subspan.optim.groups import describe_groups, quantize_weights
+from subspan.training.baselines import add_baseline, merge
+from subspan.training.checkpoint import Checkpointer, load, newest
+from subspan.training.config import save_config
+from subspan.training.corpus import first_line
+from subspan.training.evaluation import Batch, to_device
+from subspan.training.finetune_config import FinetuneConfig
+from subspan.training.models import save_pretrained
+from subspan.training.resume import CHECKPOINTS
+from subspan.training.runlog import RunLog, json_ready, new_run_folder
+from subspan.training.tasks import TaskData, load_task, score
+from subspan.training.trainer import (
+    MAX_SKIPPED,
+    count_parameters,
+    describe_device,
+    find_device,
+    make_optimizer,
+    versions,
+    warm_up_and_decay,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAY_CHANGE = {"seeds", "out", "device", "threads", "log_every", "checkpoint_every", "export"}
+"""Fields of `run` that may differ when a run is resumed: the numbers of a seed do not depend on them."""
+
+
+@dataclass
+class Progress:
+    """Where a seed stands after `epoch` epochs; all of it goes into a checkpoint, as JSON. scores: of every epoch."""
+
+    sha256: str
+    step: int = 0
+    epoch: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    scores: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+
+def finetune(config: FinetuneConfig) -> dict[str, Any]:
+    """Fine-tune and evaluate every seed, fill the run folder `config.run.out`, and return what its summary.json holds.
+
+    Raises ValueError (one line) for anything in `config` that does not fit the rows, the model, the machine or the run that is
+    resumed; FloatingPointError when `MAX_SKIPPED` steps in a row are not finite.
+    """
+    run = config.run
+    out = _run_folder(config)
+    device = find_device(run.device)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    for module in ("sklearn.metrics", "scipy.stats"):  # a missing extra should not turn up after the first epoch
+        require(module, "finetune")
+    tokenizer = load_tokenizer(config.model.name)
+    task = load_task(config.data, tokenizer)
+    print(f"task   {task}", flush=True)
+
+    results: list[dict[str, Any]] = []
+    for seed in run.seeds:
+        folder = out / f"seed_{seed}"
+        finished = folder / "result.json"
+        if finished.is_file():
+            result = json.loads(finished.read_text(encoding="utf-8"))
+            _check_rows(finished, result["sha256"], task)
+            print(f"resume: seed {seed} is done")
+        else:
+            result = _one_seed(config, task, tokenizer, seed, folder, device, describe=not results)
+        results.append(result)
+
+    summary = {
+        "task": task.name,
+        "metrics": list(task.metrics),
+        "labels": task.labels,
+        "rows": {"train": len(task.train), "valid": len(task.valid), "sha256": task.sha256},
+        **{which: _over_seeds([result[which] for result in results], task) for which in ("best", "last")},
+        "seeds": results,
+        "seconds": sum(result["seconds"] for result in results),
+        "parameters": results[0]["parameters"],
+        "bytes": results[0]["bytes"],
+        "peak_memory_bytes": max(result["peak_memory_bytes"] for result in results),
+        "device": describe_device(device),
+        "versions": versions(),
+        "config": dataclasses.asdict(config),
+    }
+    (out / "summary.json").write_text(json.dumps(json_ready(summary), indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _one_seed(
+    config: FinetuneConfig,
+    task: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    folder: Path,
+    device: torch.device,
+    describe: bool,
+) -> dict[str, Any]:
+    """Train and evaluate one seed, from its newest checkpoint if there is one, and return what its result.json holds."""
+    run = config.run
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    torch.manual_seed(seed)
+    model, new = build_classifier(config, task, tokenizer, device)
+    optimizer = make_optimizer(model, config.optim, seed)
+    peak_lrs = [group["lr"] for group in optimizer.param_groups]
+    steps = run.epochs * math.ceil(len(task.train) / run.batch_size)
+    warmup_steps = round(run.warmup_ratio * steps)
+
+    progress = Progress(task.sha256)
+    checkpoint = newest(folder / CHECKPOINTS) if (folder / CHECKPOINTS).is_dir() else None
+    if checkpoint:
+        progress = Progress(**load(checkpoint, model, optimizer))
+        _check_rows(checkpoint, progress.sha256, task)
+        print(f"resume: {checkpoint}")
+    if describe:
+        print(f"model  {config.model.name}, {count_parameters(model):,} parameters, {config.model.dtype}, {device}")
+        print(f"new    {', '.join(new) or 'nothing, the head is the pretrained one'}\n")
+        print(f"{describe_groups(optimizer.param_groups)}\n")
+        print(f"memory, without activations\n{count_memory(model, optimizer)}\n", flush=True)
+    out = folder.parent
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(config, out / "config.yaml")
+
+    log = RunLog(folder, steps=steps, log_every=run.log_every, start=progress.step, evaluated=progress.step)
+    checkpointer = Checkpointer(folder / CHECKPOINTS, keep=1, say=log.say)
+    collate = require("transformers", "train").DataCollatorWithPadding(tokenizer)
+    with log:
+        log.say(f"seed {seed}: {steps} steps, {run.epochs} epochs")
+        while progress.epoch < run.epochs:
+            progress.epoch += 1
+            model.train()
+            generator = torch.Generator().manual_seed(1_000_003 * seed + progress.epoch)
+            batches = DataLoader(task.train, run.batch_size, shuffle=True, generator=generator, collate_fn=collate)
+            for batch in batches:
+                begin = time.perf_counter()
+                progress.step += 1
+                factor = warm_up_and_decay(
+                    progress.step, steps, warmup_steps, run.min_lr_ratio, linear=run.decay == "linear"
+                )
+                for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
+                    group["lr"] = peak * factor
+                rows, loss = len(batch["labels"]), torch.zeros((), device=device)
+                for part in _micro_batches(batch, run.micro_batch or run.batch_size):
+                    part_loss = _loss(model, to_device(part, device), run.autocast)[0] / rows
+                    loss += part_loss.detach()
+                    if optimizer.gradients == "update" and not loss.isfinite():
+                        break  # the backward pass would change weights
+                    part_loss.backward()  # type: ignore[no-untyped-call]
+                norm = optimizer.prepare(loss)
+                loss_value, norm_value = torch.stack([loss, norm.to(device)]).tolist()  # the only host sync of a step
+                finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+                if finite:
+                    optimizer.step()
+                optimizer.zero_grad()
+
+                duration, tokens = time.perf_counter() - begin, int(batch["attention_mask"].sum())
+                progress.seconds += duration  # of training: evaluation is not counted
+                progress.tokens += tokens if finite else 0
+                progress.skipped += not finite
+                progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+                log.step(
+                    progress.step,
+                    tokens=progress.tokens,
+                    loss=loss_value,
+                    lr=optimizer.param_groups[0]["lr"],
+                    grad_norm=norm_value,
+                    tokens_per_second=tokens / duration,
+                    peak_memory_bytes=peak_memory(device),
+                    seconds=progress.seconds,
+                    skipped=progress.skipped,
+                )
+                if progress.skipped_in_a_row == MAX_SKIPPED:
+                    raise FloatingPointError(
+                        f"loss or gradient was not finite for {MAX_SKIPPED} steps in a row, up to step {progress.step}: "
+                        "lower --optim.lr, set --optim.max_grad_norm 1.0, or use --model.dtype float32"
+                    )
+            scores = evaluate(model, task, collate, run.batch_size, autocast=run.autocast)
+            progress.scores.append(scores)
+            log.scores(progress.step, progress.epoch, **scores)
+            if run.checkpoint_every and progress.epoch % run.checkpoint_every == 0 and progress.epoch < run.epochs:
+                log.sync()
+                checkpointer.save(progress.step, model, optimizer, json_ready(dataclasses.asdict(progress)))
+        try:
+            checkpointer.wait()
+        except OSError as error:
+            log.say(str(error))  # the result is still to be written, so this is no reason to end
+
+    best = max(range(run.epochs), key=lambda i: _decides(progress.scores[i], task))
+    result = {
+        "seed": seed,
+        "best": {"epoch": best + 1, **progress.scores[best]},
+        "last": {"epoch": run.epochs, **progress.scores[-1]},
+        "epochs": progress.scores,
+        "steps": progress.step,
+        "skipped_steps": progress.skipped,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / progress.seconds,
+        "parameters": count_parameters(model),
+        "bytes": dataclasses.asdict(count_memory(model, optimizer)),
+        "peak_memory_bytes": peak_memory(device),
+        "sha256": task.sha256,
+    }
+    if run.export:
+        merge(model)
+        save_pretrained(model, folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+    written = folder / "result.new"  # a run that is killed here has the checkpoint or the result
+    written.write_text(json.dumps(json_ready(result), indent=2) + "\n", encoding="utf-8")
+    written.replace(folder / "result.json")
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------- model, loss
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a token to pad with: its end-of-text token where it has none, as causal LMs."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = require("transformers", "train").AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.name={name!r}: no Hugging Face model or folder with a tokenizer: {first_line(error)}"
+        ) from None
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"model.name={name!r}: its tokenizer has neither a pad nor an end-of-text token: add one to it"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_classifier(
+    config: FinetuneConfig, task: TaskData, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> tuple[PreTrainedModel, list[str]]:
+    """The pretrained model with a head for `task`, new unless it has one of that size, and adapters if they are asked for.
+
+    Also the names of the weights that no file had. Raises ValueError if it does not load.
+    """
+    name = config.model.name
+    try:
+        made: tuple[PreTrainedModel, Any] = require(
+            "transformers", "train"
+        ).AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=task.labels,
+            dtype=getattr(torch, config.model.dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.name={name!r} does not load as a classifier: {first_line(error)}") from None
+    model, info = made
+    model.config.problem_type = "regression" if task.labels == 1 else "single_label_classification"
+    model.config.use_cache = False  # of causal LMs: nothing is generated
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if config.optim.preset == "qgalore":
+        quantize_weights(model)
+    model.to(device)  # type: ignore[arg-type]
+    mismatched = [
+        key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]
+    ]  # a head of another size
+    new = sorted({*info["missing_keys"], *mismatched})
+    add_baseline(model, config, _head(model, new))
+    if config.model.activation_checkpointing:
+        newer = getattr(model, "activation_checkpointing_enable", None)  # the older name is deprecated
+        (newer or model.gradient_checkpointing_enable)()
+    return model, new
+
+
+def _head(model: PreTrainedModel, new: Collection[str]) -> set[str]:
+    """Names of the parameters outside the pretrained part, and of new ones in it."""
+    inside = {id(p) for p in model.base_model.parameters()} if model.base_model is not model else set()
+    return {name for name, p in model.named_parameters() if id(p) not in inside or name in new}
+
+
+def _loss(model: nn.Module, batch: Batch, autocast: bool) -> tuple[Tensor, Tensor]:
+    """Loss summed over the rows of a batch, cross-entropy or squared error, and logits in fp32 (B, labels)."""
+    labels = batch.pop("labels")
+    with torch.autocast(labels.device.type, torch.bfloat16, enabled=autocast):
+        logits = model(**batch).logits
+    logits = logits.float()
+    if labels.is_floating_point():
+        return nn.functional.mse_loss(logits.squeeze(-1), labels, reduction="sum"), logits
+    return nn.functional.cross_entropy(logits, labels, reduction="sum"), logits
+
+
+def _micro_batches(batch: Batch, size: int) -> Iterable[Batch]:
+    rows = len(batch["labels"])
+    return [{key: X[i : i + size] for key, X in batch.items()} for i in range(0, rows, size)]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, task: TaskData, collate: Any, batch_size: int, *, autocast: bool = False
+) -> dict[str, float]:
+    """Metrics of the validation rows, the one that decides first, and `valid_loss`, the mean over rows."""
+    device = next(model.parameters()).device
+    model.eval()
+    lengths = [len(ids) for ids in task.valid["input_ids"]]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)  # rows of one length need no padding
+    # A generator of its own: evaluating must not move the one that dropout draws from.
+    batches = DataLoader(task.valid, batch_size, sampler=order, generator=torch.Generator(), collate_fn=collate)
+    outputs, labels, losses = [], [], []
+    for batch in batches:
+        labels.append(batch["labels"])
+        loss, logits = _loss(model, to_device(batch, device), autocast)
+        outputs.append(logits)
+        losses.append(loss)
+    logits = torch.cat(outputs)
+    predicted = (logits.squeeze(-1) if task.labels == 1 else logits.argmax(-1)).cpu().numpy()
+    true = torch.cat(labels).numpy()
+    scores: dict[str, float] = {metric: score(metric, predicted, true) for metric in task.metrics}
+    return scores | {"valid_loss": float(torch.stack(losses).sum()) / len(true)}
+
+
+# ------------------------------------------------------------------------------------------------------ runs and seeds
+
+
+def _run_folder(config: FinetuneConfig) -> Path:
+    """The folder of a new run, or of the one to go on with. ValueError if that is a run of other settings."""
+    out = Path(config.run.out).expanduser()
+    if config.resume is None or not (out / "config.yaml").is_file():
+        return new_run_folder(config.run.out)
+    saved = require("yaml", "train").safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    for section, values in dataclasses.asdict(config).items():
+        before = saved.get(section) if isinstance(saved, dict) else None
+        for key, value in values.items() if isinstance(values, dict) else ():
+            was = before.get(key, "missing") if isinstance(before, dict) else "missing"
+            if was != value and not (section == "run" and key in MAY_CHANGE):
+                raise ValueError(
+                    f"resume=auto: {section}.{key} was {was} in {out} and is {value}: set it back, or name another --run.out"
+                )
+    return out
+
+
+def _check_rows(path: Path, sha256: str, task: TaskData) -> None:
+    if sha256 != task.sha256:
+        raise ValueError(f"{path} is of other rows: give the same data, or name another folder with --run.out")
+
+
+def _decides(scores: dict[str, float], task: TaskData) -> float:
+    value = scores[task.metrics[0]]
+    return -math.inf if value is None or math.isnan(value) else value
+
+
+def _over_seeds(results: list[dict[str, Any]], task: TaskData) -> dict[str, dict[str, float | None]]:
+    """Metric -> mean and standard deviation (None for one seed) over the seeds."""
+    table: dict[str, dict[str, float | None]] = {}
+    for metric in task.metrics:
+        values = [math.nan if result[metric] is None else result[metric] for result in results]
+        table[metric] = {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+    return table
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The result of a fine-tuning for people."""
+    rich = require("rich.table", "train")
+    metrics, sizes, out = summary["metrics"], summary["bytes"], summary["config"]["run"]["out"]
+    factor = 100  # of metrics, as tables print them
+    table = rich.Table(box=require("rich.box", "train").SIMPLE, title=f"{summary['task']}, validation, x {factor}")
+    for name in ("seed", "best epoch", *metrics, "last epoch", *metrics, "seconds"):
+        table.add_column(name, justify="right")
+
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{factor * value:.2f}"
+
+    for result in summary["seeds"]:
+        cells = [str(result["seed"])]
+        for which in ("best", "last"):
+            cells += [str(result[which]["epoch"]), *(shown(result[which][metric]) for metric in metrics)]
+        table.add_row(*cells, f"{result['seconds']:.0f}")
+    if len(summary["seeds"]) > 1:
+        table.add_section()
+        for key in ("mean", "std"):
+            cells = [key]
+            for which in ("best", "last"):
+                cells += ["", *(shown(summary[which][metric][key]) for metric in metrics)]
+            table.add_row(*cells, "")
+    require("rich.console", "train").Console().print(table)
+    state = (sizes["basis"] + sizes["moments"]) / 2**20
+    rows = [
+        ("optimizer state", f"{state:.1f} MiB; full-rank Adam in fp32 takes {sizes['adam_full_rank'] / 2**20:.1f} MiB"),
+        ("weights", f"{sizes['weights'] / 2**20:.1f} MiB, gradients at most {sizes['gradients'] / 2**20:.1f} MiB"),
+        ("peak memory", f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB, measured"),
+        ("run folder", f"{out}: {', '.join(sorted(path.name for path in Path(out).expanduser().iterdir()))}"),
+    ]
+    print("\n".join(f"  {name:<16} {value}" for name, value in rows))

@@ -1,0 +1,218 @@
+"""The configuration of a fine-tuning: four sections, as that of a training run (`config.py`), with fields of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from subspan.optim.presets import FULL_RANK, SCALES
+from subspan.training.config import OptimConfig
+from subspan.training.config import _as_list as as_list
+from subspan.training.config import _check_choice as check_choice
+from subspan.training.config import _check_number as check_number
+from subspan.training.config import _check_whole as check_whole
+
+Metric = Literal["accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman"]
+
+
+@dataclass
+class ClassifierConfig:
+    """Which network is fine-tuned."""
+
+    name: str = "FacebookAI/roberta-base"
+    """name or folder of a Hugging Face model: an encoder or a causal LM; it gets a new head unless it has one that fits"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of the weights and gradients"""
+    baseline: Literal["lora"] | None = None
+    """lora: adapters beside frozen weights, at rank optim.rank, with optim.preset=adamw or adamw8bit; the head is trained too"""
+    lora_alpha: float = 16.0
+    """adapters count alpha / rank times"""
+    lora_dropout: float = 0.0
+    """share of an adapter's input that is dropped in training"""
+    train_rest: bool = False
+    """with lora: train embeddings and norms too"""
+    activation_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+
+    def __post_init__(self) -> None:
+        check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("model.baseline", self.baseline, (None, "lora"))
+        check_number("model.lora_alpha", self.lora_alpha, above=0)
+        check_number("model.lora_dropout", self.lora_dropout, at_least=0, below=1)
+        if not self.name:
+            raise ValueError("model.name is empty: use FacebookAI/roberta-base or the folder of a model")
+
+
+@dataclass
+class TaskConfig:
+    """Which labelled text: a folder of tasks, files, or a dataset."""
+
+    task: str | None = None
+    """cola, sst2, mrpc, rte, qnli, mnli, qqp, stsb, banking77, or a name of your own; null: what dataset_config says"""
+    folder: str | None = None
+    """folder with TASK/train.jsonl and TASK/dev.jsonl; also validation or test, .tsv or .csv"""
+    train_files: str | list[str] | None = None
+    """path, glob or list of them, instead of a folder: .jsonl, .parquet, or .tsv and .csv with a line of names"""
+    valid_files: str | list[str] | None = None
+    """the same for validation"""
+    dataset: str | None = None
+    """name of a Hugging Face dataset, instead of files, such as nyu-mll/glue"""
+    dataset_config: str | None = None
+    """configuration of that dataset, such as mrpc"""
+    train_split: str = "train"
+    """split of the dataset to train on"""
+    valid_split: str | None = None
+    """split of the dataset to validate on; null: validation, or validation_matched for mnli"""
+    columns: list[str] | None = None
+    """names of the one or two columns of text; null: the task's, or sentence, sentence1 and sentence2, text"""
+    label_column: str = "label"
+    """column of the label: a class from 0, or a number to predict"""
+    metric: Metric | None = None
+    """what decides which epoch is best; null: the task's, or accuracy for classes and pearson for numbers"""
+    max_length: int | None = None
+    """tokens at which a text is cut; null: as many as the model takes, at most 512"""
+    max_train_rows: int | None = None
+    """train on a fixed random part of so many rows, the same for every seed and method; null: all"""
+    max_valid_rows: int | None = None
+    """the same for validation"""
+
+    def __post_init__(self) -> None:
+        check_choice("data.metric", self.metric, (None, *get_args(Metric)))
+        check_whole("data.max_length", self.max_length, minimum=2, optional=True)
+        check_whole("data.max_train_rows", self.max_train_rows, minimum=1, optional=True)
+        check_whole("data.max_valid_rows", self.max_valid_rows, minimum=1, optional=True)
+        if self.columns is not None and len(self.columns) not in (1, 2):
+            raise ValueError(f"data.columns={self.columns} must name one or two columns, as in [question, sentence]")
+        given = {"data.folder": self.folder, "data.train_files": self.train_files, "data.dataset": self.dataset}
+        named = [name for name, value in given.items() if value]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} exclude each other: give one of them")
+        if self.folder and not self.task:
+            raise ValueError(f"data.folder={self.folder!r} needs data.task: name the task, the name of a folder in it")
+        if bool(self.train_files) != bool(self.valid_files):
+            raise ValueError(
+                f"data.train_files={self.train_files!r} and data.valid_files={self.valid_files!r} need each other: give both"
+            )
+
+    @property
+    def task_name(self) -> str | None:
+        return self.task or self.dataset_config
+
+    @property
+    def train_file_list(self) -> list[str] | None:
+        return as_list(self.train_files)
+
+    @property
+    def valid_file_list(self) -> list[str] | None:
+        return as_list(self.valid_files)
+
+
+@dataclass
+class FinetuneOptimConfig(OptimConfig):
+    """How the weights are stepped: as in training, with defaults for fine-tuning."""
+
+    lr: float = 2e-5
+    """peak learning rate"""
+    rank: int = 8
+    """dimensions of the subspace, or of adapters, r"""
+    scale: float | None = None
+    """factor on projected updates, the paper's alpha; null: 16 / rank, which is the paper's 4 at rank 4 and 2 at rank 8; for
+    frugal, apollo and apollo_mini their own"""
+    update_proj_gap: int = 500
+    """steps between two refreshes of the subspace, the paper's T"""
+
+    def __post_init__(self) -> None:
+        check_whole("optim.rank", self.rank, minimum=1)
+        if self.scale is None:  # arXiv 2403.03507, Table 7
+            self.scale = SCALES.get(self.preset, 16 / self.rank)
+        super().__post_init__()
+
+
+@dataclass
+class FinetuneRunConfig:
+    """How long, how often and where to."""
+
+    out: str = "runs/finetune"
+    """run folder to make; it may not hold anything yet, unless the run is resumed"""
+    epochs: int = 3
+    """passes over the training rows, an evaluation after each"""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """a run for each: of the new head, the order of rows, dropout and random subspaces"""
+    batch_size: int = 16
+    """rows per optimizer step"""
+    micro_batch: int | None = None
+    """rows per forward and backward pass; null: all of batch_size at once"""
+    decay: Literal["linear", "cosine"] = "linear"
+    """of the learning rate, after the warm-up"""
+    warmup_ratio: float = 0.0
+    """share of the steps with linear warm-up"""
+    min_lr_ratio: float = 0.0
+    """learning rate of the last step as a share of the peak"""
+    checkpoint_every: int = 1
+    """epochs between two checkpoints; 0: none, what is resumed begins with the seed that was stopped"""
+    log_every: int = 50
+    """steps between two lines where there is no terminal for a progress bar"""
+    autocast: bool = False
+    """bfloat16 arithmetic where it is safe, weights stay in model.dtype"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    export: bool = False
+    """write the last model of each seed as a Hugging Face folder"""
+    threads: int | None = None
+    """CPU threads; null: torch's choice"""
+
+    def __post_init__(self) -> None:
+        check_whole("run.epochs", self.epochs, minimum=1)
+        check_choice("run.decay", self.decay, ("linear", "cosine"))
+        check_number("run.warmup_ratio", self.warmup_ratio, at_least=0, at_most=1)
+        check_number("run.min_lr_ratio", self.min_lr_ratio, at_least=0, at_most=1)
+        check_whole("run.checkpoint_every", self.checkpoint_every, minimum=0)
+        check_whole("run.log_every", self.log_every, minimum=1)
+        check_whole("run.threads", self.threads, minimum=1, optional=True)
+        if not self.out:
+            raise ValueError("run.out is empty: name the run folder")
+        if not self.seeds or len({*self.seeds}) < len(self.seeds):
+            raise ValueError(f"run.seeds={self.seeds} must be different whole numbers, as in [1, 2, 3]")
+        for seed in self.seeds:
+            check_whole("run.seeds", seed, minimum=0)
+        check_whole("run.batch_size", self.batch_size, minimum=1)
+        check_whole("run.micro_batch", self.micro_batch, minimum=1, optional=True)
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"run.micro_batch={self.micro_batch} does not divide run.batch_size={self.batch_size}: change one of them"
+            )
+
+
+@dataclass
+class FinetuneConfig:
+    """A whole fine-tuning: one model, one task, some seeds."""
+
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    data: TaskConfig = field(default_factory=TaskConfig)
+    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+    run: FinetuneRunConfig = field(default_factory=FinetuneRunConfig)
+    resume: Literal["auto"] | None = None
+    """auto: go on where the run in run.out was stopped, or start"""
+
+    def __post_init__(self) -> None:
+        check_choice("resume", self.resume, (None, "auto"))
+        if self.optim.gradients == "update" and self.run.micro_batch not in (None, self.run.batch_size):
+            raise ValueError(
+                f"run.micro_batch={self.run.micro_batch} makes several backward passes of a step, and "
+                "optim.gradients=update takes one: use optim.gradients=project"
+            )
+        if self.model.baseline and self.optim.preset not in FULL_RANK:
+            raise ValueError(
+                f"model.baseline={self.model.baseline} has thin weights of its own, which optim.preset={self.optim.preset} would "
+                "project: use optim.preset=adamw or adamw8bit"
+            )
+        if self.run.autocast and self.model.dtype == "bfloat16":
+            raise ValueError("run.autocast=true does nothing for weights of model.dtype=bfloat16: drop one of them")
+
+
+FINETUNE_SECTIONS: dict[str, Any] = {
+    "model": ClassifierConfig,
+    "data": TaskConfig,
+    "optim": FinetuneOptimConfig,
+    "run": FinetuneRunConfig,
+}
