@@ -44,6 +44,7 @@ LAYERS = {
     "training.resume": 4,
     "training.text": 4,
     "training.tasks": 4,
+    "training.classifier": 4,
     "training.trainer": 4,
     "training.finetune": 4,
     "plan": 4,
@@ -54,7 +55,8 @@ LAYERS = {
 }
 # Presets are the optimizer with a rule; the optimizer reads groups and owns its hooks, which know its type, and both go through
 # weights by update's parts, which sweep does the arithmetic of; data and corpus, trainer,
-# text and resume are one module each, cut for length; a checkpoint asks memory whether a copy fits.
+# text and resume are one module each, cut for length, as are finetune, classifier and tasks; a checkpoint asks memory whether a
+# copy fits.
 SIBLINGS = {
     ("optim.presets", "optim.optimizer"),
     ("optim.optimizer", "optim.groups"),
@@ -78,6 +80,8 @@ SIBLINGS = {
     ("training.baselines", "training.config"),
     ("training.baselines", "training.finetune_config"),
     ("training.finetune_config", "training.config"),
+    ("training.classifier", "training.tasks"),
+    ("training.finetune", "training.classifier"),
     ("training.finetune", "training.tasks"),
     ("training.finetune", "training.trainer"),
     ("training.finetune", "training.resume"),

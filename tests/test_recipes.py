@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-from subspan.cli import parse_train
+from subspan.cli import parse_finetune, parse_train
 from subspan.memory import count_memory
 from subspan.training.config import TrainConfig
 from subspan.training.models import build_model
@@ -24,20 +24,23 @@ EXPECTED = {
     "quickstart": (3.34, 1.77),
 }
 
+FINETUNE = ["glue_galore"]
+
 
 def recipe(name: str) -> TrainConfig:
     return parse_train(["train", "--config", str(RECIPES / f"{name}.yaml")])
 
 
 def test_the_table_below_knows_every_recipe() -> None:
-    assert sorted(path.stem for path in RECIPES.iterdir()) == sorted(EXPECTED)
+    assert sorted(path.stem for path in RECIPES.iterdir()) == sorted([*EXPECTED, *FINETUNE])
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", [*EXPECTED, *FINETUNE])
 def test_a_recipe_says_what_it_is_and_sets_what_it_says(name: str) -> None:
-    source = (RECIPES / f"{name}.yaml").read_text()
+    path = RECIPES / f"{name}.yaml"
+    source = path.read_text()
     assert source.startswith("# ")
-    config = recipe(name)
+    config = parse_finetune(["finetune", "--config", str(path)]) if name in FINETUNE else recipe(name)
     for section, values in yaml.safe_load(source).items():
         for key, value in values.items():
             assert getattr(getattr(config, section), key) == value, (section, key)
@@ -77,3 +80,16 @@ def test_the_paper_recipes_are_the_published_ones() -> None:
         assert (optim.rank, optim.lr, optim.update_proj_gap, run.steps) == values
         assert (optim.preset, optim.scale, config.data.seq_len, run.batch_size) == ("paper", 0.25, 256, 512)
         assert (run.warmup_steps, run.min_lr_ratio) == (run.steps // 10, 0.1)
+
+
+def test_the_fine_tuning_recipe_is_the_published_one() -> None:
+    config = parse_finetune(["finetune", "--config", str(RECIPES / "glue_galore.yaml")])
+    optim, run = config.optim, config.run  # arXiv 2403.03507, Table 7
+    assert (optim.preset, optim.lr, optim.rank, optim.scale, optim.update_proj_gap) == ("paper", 3e-5, 4, 4.0, 500)
+    assert (run.epochs, run.batch_size, run.warmup_ratio, run.decay, config.data.max_length) == (
+        30,
+        16,
+        0.0,
+        "linear",
+        512,
+    )

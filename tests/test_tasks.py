@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny import write_classifier, write_rows
 
-from subspan.training.finetune import load_tokenizer
+from subspan.training.classifier import load_tokenizer
 from subspan.training.finetune_config import TaskConfig
 from subspan.training.tasks import TASKS, TaskData, load_task, score
 

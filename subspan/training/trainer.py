@@ -63,8 +63,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     return make_optimizer(model, config.optim, config.run.seed)
 
 
-def make_optimizer(model: nn.Module, optim: OptimConfig, seed: int) -> ProjectedOptimizer:
-    """The same by parts."""
+def make_optimizer(model: nn.Module, optim: OptimConfig, seed: int, stagger: int | None = None) -> ProjectedOptimizer:
+    """The same by parts. stagger: steps within which every random first basis is replaced; None: the optimizer's own way."""
     assert optim.scale is not None  # OptimConfig has filled it in
     assert optim.gradients is not None
     groups = param_groups(
@@ -94,6 +94,8 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, seed: int) -> Projected
         optim.lr,
         weight_decay=optim.weight_decay,
         refresh=Refresh(
+            first="random" if stagger else None,
+            stagger=stagger,
             adaptive=optim.adaptive_refresh,
             max_gap=optim.max_update_proj_gap,
             moments=optim.moments,

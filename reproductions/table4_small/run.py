@@ -1,0 +1,199 @@
+"""Table 4 of arXiv 2403.03507 in small: MiniLM on five tasks, methods with learning rates of their own, memory beside quality.
+
+    python reproductions/table4_small/run.py MODEL TASKS
+    python reproductions/table4_small/run.py MODEL TASKS --tasks '[mrpc, rte]' --methods '[full, galore4]' --seeds '[1, 2]'
+
+MODEL: folder of all-MiniLM-L6-v2. TASKS: folder with CoLA, MRPC, RTE, SST-2 and Banking77, TASK/train.jsonl and dev or test.
+
+1. A fixed part of the training rows of each task; its last fifth is held out, and every rate of a method's grid is judged on it,
+   one seed, last epoch.
+2. The best rate with fresh seeds on the whole part, judged on the task's own validation rows.
+
+Every run leaves results/KEY.json beside this file; what is there is not run again, so an interrupted grid goes on where it was,
+and several processes may share tasks and methods. `table.py` makes the tables of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+from subspan.training.finetune import finetune
+from subspan.training.finetune_config import (
+    ClassifierConfig,
+    FinetuneConfig,
+    FinetuneOptimConfig,
+    FinetuneRunConfig,
+    TaskConfig,
+)
+from subspan.training.tasks import VALID_NAMES, normal
+
+RESULTS = Path(__file__).with_name("results")
+OURS = "fira"  # the preset that stands for this library's own; scale as GaLore's
+SEARCH_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
+EPOCHS, BATCH, MAX_LENGTH = 3, 16, 96
+
+# Task: rows to train on, so that one run takes one to three minutes on a core; rows to validate on are all, or so many.
+ROWS: dict[str, tuple[int, int | None]] = {
+    "cola": (3000, None),
+    "mrpc": (1500, None),
+    "rte": (1250, None),
+    "sst2": (3000, None),
+    "banking77": (4000, 1500),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Settings of `subspan finetune`, and the learning rates that are tried."""
+
+    title: str
+    rates: tuple[float, ...]
+    optim: dict[str, Any]
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _galore(preset: str, name: str, rank: int) -> Method:
+    return Method(f"{name} r = {rank}", (3e-5, 1e-4, 3e-4), {"preset": preset, "rank": rank, "update_proj_gap": 100})
+
+
+def _lora(rank: int) -> Method:
+    model = {"baseline": "lora", "lora_alpha": 2.0 * rank}
+    return Method(f"LoRA r = {rank}", (3e-4, 1e-3, 3e-3), {"preset": "adamw", "rank": rank}, model)
+
+
+METHODS: dict[str, Method] = {
+    "full": Method("full fine-tuning", (3e-5, 1e-4, 3e-4), {"preset": "adamw"}),
+    "lora4": _lora(4),
+    "lora8": _lora(8),
+    "galore4": _galore("galore", "GaLore", 4),
+    "galore8": _galore("galore", "GaLore", 8),
+    "ours4": _galore(OURS, OURS.capitalize(), 4),
+    "ours8": _galore(OURS, OURS.capitalize(), 8),
+}
+
+
+def prepare(tasks: Path, task: str, out: Path) -> dict[str, str]:
+    """Files of rows: `train` (the fixed part), `search_train` and `search_valid` (the same, cut), `valid` (the task's own)."""
+    (folder,) = (path for path in tasks.iterdir() if normal(path.name) == task)
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    random.Random(0).shuffle(lines)
+    part = lines[: ROWS[task][0]]
+    cut = len(part) * 4 // 5
+    out.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name, rows in (("train", part), ("search_train", part[:cut]), ("search_valid", part[cut:])):
+        files[name] = str(out / f"{name}.jsonl")
+        Path(files[name]).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    valid = next(path for name in VALID_NAMES if (path := folder / f"{name}.jsonl").is_file())
+    return {**files, "valid": str(valid)}
+
+
+def result_of(
+    name: str, task: str, lr: float, seed: int, model: str, files: dict[str, str], out: Path, threads: int
+) -> dict[str, Any]:
+    """The result of a run: from its file, or by running it. Seed SEARCH_SEED is a run of the search."""
+    search = seed == SEARCH_SEED
+    key = f"{task}_{name}_{lr:g}_{seed}"
+    file = RESULTS / f"{key}.json"
+    if not file.exists():
+        method, folder = METHODS[name], out / key
+        shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
+        config = FinetuneConfig(
+            ClassifierConfig(name=model, **method.model),
+            TaskConfig(
+                task=task,
+                train_files=files["search_train" if search else "train"],
+                valid_files=files["search_valid" if search else "valid"],
+                max_valid_rows=None if search else ROWS[task][1],
+                max_length=MAX_LENGTH,
+            ),
+            FinetuneOptimConfig(lr=lr, **method.optim),
+            FinetuneRunConfig(
+                out=str(folder),
+                epochs=EPOCHS,
+                seeds=[seed],
+                batch_size=BATCH,
+                warmup_ratio=0.1,
+                checkpoint_every=0,
+                log_every=100,
+                threads=threads,
+            ),
+        )
+        summary = finetune(config)
+        (only,) = summary["seeds"]
+        kept = ("best", "last", "seconds", "tokens", "tokens_per_second", "bytes", "peak_memory_bytes")
+        result = {
+            "task": task,
+            "method": name,
+            "lr": lr,
+            "seed": seed,
+            "metrics": summary["metrics"],
+            "rows": summary["rows"],
+            "optim": dataclasses.asdict(config.optim),
+            **{key: only[key] for key in kept},
+            "versions": summary["versions"],
+        }
+        RESULTS.mkdir(exist_ok=True)
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        new.replace(file)
+        shutil.rmtree(folder)
+    result = json.loads(file.read_text(encoding="utf-8"))
+    metric = result["metrics"][0]
+    print(
+        f"== {key}: {metric} {result['last'][metric]:.4f}, {result['seconds']:.0f} s, "
+        f"{result['tokens_per_second']:.0f} tokens/s",
+        flush=True,
+    )
+    return dict(result)
+
+
+def main(
+    model: str,
+    tasks_folder: str,
+    out: str = "runs/table4_small",
+    tasks: list[str] | None = None,
+    methods: list[str] | None = None,
+    seeds: list[int] | None = None,
+    search_only: bool = False,
+    threads: int = 1,
+) -> None:
+    """Search, then the seeds, task by task and method by method.
+
+    Args:
+        model: folder of the pretrained model
+        tasks_folder: folder of the tasks
+        out: folder for rows and run folders
+        tasks: some of cola, mrpc, rte, sst2, banking77; none: all
+        methods: some of the methods; none: all
+        seeds: of the last runs; none: 1 to 5
+        search_only: no seeds yet
+        threads: CPU threads
+    """
+    for given, known in ((tasks, ROWS), (methods, METHODS)):
+        for name in given or []:
+            if name not in known:
+                raise SystemExit(f"{name!r} is unknown: use some of {', '.join(known)}")
+    if SEARCH_SEED in (seeds or []):
+        raise SystemExit(f"seeds={seeds}: seed {SEARCH_SEED} is the search's, use others")
+    for task in tasks or ROWS:
+        files = prepare(Path(tasks_folder).expanduser(), task, Path(out) / "rows" / task)
+        for name in methods or METHODS:
+            scores = {}
+            for lr in METHODS[name].rates:
+                result = result_of(name, task, lr, SEARCH_SEED, model, files, Path(out), threads)
+                scores[lr] = result["last"][result["metrics"][0]]
+            lr = max(scores, key=lambda rate: scores[rate])
+            for seed in [] if search_only else seeds or SEEDS:
+                result_of(name, task, lr, seed, model, files, Path(out), threads)
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(main)

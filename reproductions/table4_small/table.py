@@ -1,0 +1,78 @@
+"""Write README.md's tables from the files in results/.
+
+python reproductions/table4_small/table.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from run import METHODS, RESULTS, ROWS, SEARCH_SEED
+
+HERE = Path(__file__).parent
+NAMES = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2", "banking77": "Banking77"}
+
+
+def of(results: list[dict[str, Any]], method: str, task: str, search: bool) -> list[dict[str, Any]]:
+    return [
+        result
+        for result in results
+        if (result["method"], result["task"]) == (method, task) and (result["seed"] == SEARCH_SEED) == search
+    ]
+
+
+def quality(results: list[dict[str, Any]], which: str) -> str:
+    """Mean and spread of the metric that decides, x 100; the mean over tasks of a row that has all of them."""
+    lines = [
+        f"| method | {' | '.join(NAMES.values())} | mean | basis and moments, MiB | gradients, MiB | tokens/s |",
+        f"|---|{'---|' * (len(NAMES) + 4)}",
+    ]
+    for name, method in METHODS.items():
+        cells, means = [], []
+        rows = [result for task in ROWS for result in of(results, name, task, False)]
+        for task in ROWS:
+            runs = of(results, name, task, False)
+            values = [100 * run[which][run["metrics"][0]] for run in runs]
+            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.1f}{spread}" if values else "-")
+            means += [mean(values)] if values else []
+        if rows:
+            state = rows[0]["bytes"]["basis"] + rows[0]["bytes"]["moments"]
+            numbers = [f"{state / 2**20:.1f}", f"{rows[0]['bytes']['gradients'] / 2**20:.1f}"]
+            average = f"{mean(means):.1f}" if len(means) == len(ROWS) else "-"
+            speed = f"{mean(row['tokens_per_second'] for row in rows):.0f}"
+            lines.append(f"| {method.title} | {' | '.join(cells)} | {average} | {' | '.join(numbers)} | {speed} |")
+    return "\n".join(lines)
+
+
+def search(results: list[dict[str, Any]]) -> str:
+    """Every run of the search; a best rate at the edge of its grid is marked."""
+    lines = ["| task | method | lr: metric on held-out training rows |", "|---|---|---|"]
+    for task, title in NAMES.items():
+        for name, method in METHODS.items():
+            runs = sorted(of(results, name, task, True), key=lambda run: run["lr"])
+            if runs:
+                scores = {run["lr"]: 100 * run["last"][run["metrics"][0]] for run in runs}
+                best = max(scores, key=lambda lr: scores[lr])
+                edge = ", at the edge" if best in (method.rates[0], method.rates[-1]) else ""
+                shown = (f"**{lr:g}: {x:.1f}**{edge}" if lr == best else f"{lr:g}: {x:.1f}" for lr, x in scores.items())
+                lines.append(f"| {title} | {method.title} | {'; '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.json"))]
+    readme = HERE / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    tables = {"last": quality(results, "last"), "best": quality(results, "best"), "search": search(results)}
+    for name, table in tables.items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", f"\\1{table}\n\\2", text, flags=re.S)
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""Fine-tuning: it learns with every kind of method, seeds are independent, a stopped run goes on, and what comes out loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import SIZES, WORDS, write_classifier, write_rows, write_tokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+import subspan
+from subspan.cli import main, parse_finetune
+from subspan.training import finetune as module
+from subspan.training.classifier import build_classifier, load_tokenizer
+from subspan.training.config import SECTIONS
+from subspan.training.finetune import finetune
+from subspan.training.finetune_config import (
+    FINETUNE_SECTIONS,
+    ClassifierConfig,
+    FinetuneConfig,
+    FinetuneOptimConfig,
+    FinetuneRunConfig,
+    TaskConfig,
+)
+from subspan.training.tasks import load_task
+
+pytest.importorskip("sklearn")
+pytest.importorskip("peft")
+
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # optim, model
+    "full": ({"preset": "adamw", "lr": 0.003}, {}),
+    "galore": ({"preset": "galore", "lr": 0.003}, {}),
+    "qgalore": ({"preset": "qgalore", "lr": 0.003}, {}),
+    "fira": ({"preset": "fira", "lr": 0.003}, {}),
+    "lora": ({"preset": "adamw", "lr": 0.02}, {"baseline": "lora"}),
+}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_classifier(tmp_path_factory.mktemp("encoder"))
+
+
+def write_task(folder: Path, *, numbers: bool = False) -> str:
+    """Sentences of five words; the class is whether "red" is among them, the number how often it is."""
+    draw = random.Random(0)
+    for name, size in (("train", 64), ("dev", 32)):
+        rows = []
+        for i in range(size):
+            words = [draw.choice([word for word in WORDS if word != "red"]) for _ in range(5)]
+            for place in draw.sample(range(5), i % 4 if numbers else i % 2):
+                words[place] = "red"
+            rows.append({"sentence": " ".join(words), "label": words.count("red") / 4 if numbers else i % 2})
+        write_rows(folder / "tasks" / "red" / f"{name}.jsonl", rows)
+    return str(folder / "tasks")
+
+
+def configure(
+    folder: Path, name: str, *, optim: Any = None, model: Any = None, data: Any = None, run: Any = None
+) -> Any:
+    if not (folder / "tasks").exists():
+        write_task(folder)
+    return FinetuneConfig(
+        ClassifierConfig(**{"name": name, **(model or {})}),
+        TaskConfig(**{"task": "red", "folder": str(folder / "tasks"), **(data or {})}),
+        FinetuneOptimConfig(**{"rank": 4, "scale": 1.0, "lr": 0.003, "update_proj_gap": 5, **(optim or {})}),
+        FinetuneRunConfig(**{"out": str(folder / "run"), "epochs": 4, "batch_size": 8, **(run or {})}),
+    )
+
+
+def numbers_of(summary: dict[str, Any]) -> list[Any]:
+    """Of every seed, what does not depend on the clock or the machine."""
+    return [
+        [result[key] for key in ("seed", "best", "last", "epochs", "steps", "tokens")] for result in summary["seeds"]
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------- a whole run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kind_of_method_learns_and_exports(tmp_path: Path, encoder: str, method: str) -> None:
+    optim, model = METHODS[method]
+    config = configure(tmp_path, encoder, optim=optim, model=model, run={"export": True})
+    summary = finetune(config)
+    (result,) = summary["seeds"]
+    assert result["best"]["accuracy"] >= 0.9
+    assert result["epochs"][-1]["valid_loss"] < result["epochs"][0]["valid_loss"]
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "seed_0" / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "seed_0" / "model")
+    rows = [json.loads(line) for line in (tmp_path / "tasks" / "red" / "dev.jsonl").read_text().splitlines()]
+    inputs = tokenizer([row["sentence"] for row in rows], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        predicted = exported(**inputs).logits.argmax(-1).tolist()
+    right = statistics.fmean(p == row["label"] for p, row in zip(predicted, rows, strict=True))
+    assert right == pytest.approx(result["last"]["accuracy"])
+    assert not any("lora" in name for name in exported.state_dict())
+
+
+def test_what_a_run_says_and_leaves(tmp_path: Path, encoder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_task(tmp_path)
+    words = ["finetune", "--model.name", encoder, "--data.task", "red", "--data.folder", str(tmp_path / "tasks")]
+    words += ["--optim.rank", "4", "--optim.lr", "1e-3", "--run.seeds", "[3, 5]", "--run.out", str(tmp_path / "run")]
+    words += ["--run.epochs", "2"]
+    main(words)
+    shown = capsys.readouterr().out
+    run = tmp_path / "run"
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "seed_3", "seed_5", "summary.json"]
+    assert sorted(path.name for path in (run / "seed_3").iterdir()) == ["metrics.jsonl", "result.json", "tensorboard"]
+    summary = json.loads((run / "summary.json").read_text())
+    for which in ("best", "last"):
+        values = [result[which]["accuracy"] for result in summary["seeds"]]
+        assert summary[which]["accuracy"] == {
+            "mean": pytest.approx(statistics.fmean(values)),
+            "std": pytest.approx(statistics.stdev(values)),
+        }
+        assert f"{100 * statistics.fmean(values):.2f}" in shown
+    for result in summary["seeds"]:
+        assert result["best"]["accuracy"] == max(epoch["accuracy"] for epoch in result["epochs"])
+        assert result["last"] == {"epoch": 2, **result["epochs"][1]}
+        assert result["steps"] == 2 * 64 / 16
+    assert summary["seeds"][0]["epochs"] != summary["seeds"][1]["epochs"]  # another head, another order
+    assert 0 < summary["bytes"]["basis"] < summary["bytes"]["moments"] < summary["bytes"]["adam_full_rank"]
+    assert summary["peak_memory_bytes"] > summary["bytes"]["weights"]
+    lines = [json.loads(line) for line in (run / "seed_5" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    rates = [line["lr"] for line in lines if "loss" in line]
+    assert rates == pytest.approx([1e-3 * (1 - step / 8) for step in range(1, 9)])
+    assert [line["accuracy"] for line in lines if "epoch" in line] == [
+        epoch["accuracy"] for epoch in summary["seeds"][1]["epochs"]
+    ]
+    config = parse_finetune(["finetune", "--config", str(run / "config.yaml")])
+    assert dataclasses.asdict(config) == {**summary["config"], "resume": None}
+    assert config.optim.scale == 4.0
+
+
+def test_numbers_are_predicted(tmp_path: Path, encoder: str) -> None:
+    write_task(tmp_path, numbers=True)
+    summary = finetune(configure(tmp_path, encoder, run={"epochs": 8}))
+    assert summary["metrics"] == ["pearson", "spearman"]
+    assert summary["labels"] == 1
+    assert summary["best"]["pearson"]["mean"] > 0.8
+
+
+def test_a_causal_model_without_a_pad_token_learns(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "llama", special=False)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=len(tokenizer), initializer_range=0.2)).save_pretrained(
+        tmp_path / "llama"
+    )
+    summary = finetune(configure(tmp_path, str(tmp_path / "llama"), run={"epochs": 6}))
+    assert summary["best"]["accuracy"]["mean"] >= 0.9
+
+
+def test_a_run_that_is_not_finite_ends_with_advice(tmp_path: Path, encoder: str) -> None:
+    with pytest.raises(FloatingPointError, match=r"10 steps in a row, up to step 1[12].*--optim\.lr"):
+        finetune(configure(tmp_path, encoder, optim={"preset": "adamw", "lr": 1e30}, run={"epochs": 3}))
+
+
+# --------------------------------------------------------------------------------------------- what is the same
+
+
+@pytest.mark.parametrize("preset", ["galore", "paper"])
+def test_modes_of_gradients_and_micro_batches_are_the_same_run(tmp_path: Path, encoder: str, preset: str) -> None:
+    seen = []
+    for gradients, micro_batch in (("hold", None), ("project", None), ("update", None), ("project", 4)):
+        out = str(tmp_path / f"{gradients}_{micro_batch}")
+        optim = {"preset": preset, "gradients": gradients, "lr": 0.001}
+        run = {"out": out, "micro_batch": micro_batch, "epochs": 2, "checkpoint_every": 0}
+        summary = finetune(configure(tmp_path, encoder, optim=optim, run=run))
+        seen.append([epoch["valid_loss"] for epoch in summary["seeds"][0]["epochs"]])
+    for other in seen[1:]:
+        assert other == pytest.approx(seen[0], rel=1e-3)
+    assert seen[0][0] != pytest.approx(seen[0][1], rel=1e-3)
+
+
+def test_a_run_that_died_goes_on_and_ends_the_same(
+    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, in the second epoch of the second seed; then a seed is added."""
+    shutil.copytree(encoder, tmp_path / "dropout")
+    settings = json.loads((tmp_path / "dropout" / "config.json").read_text())
+    (tmp_path / "dropout" / "config.json").write_text(json.dumps({**settings, "hidden_dropout_prob": 0.2}))
+    name, run = str(tmp_path / "dropout"), {"epochs": 3, "seeds": [1, 2]}
+    whole = finetune(configure(tmp_path, name, run={**run, "out": str(tmp_path / "whole")}))
+
+    calls, evaluate = iter(range(100)), module.evaluate
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(module, "evaluate", dies)
+    parts = configure(tmp_path, name, run=run)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(parts)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    seeds = []
+    build = module.build_classifier
+    monkeypatch.setattr(module, "build_classifier", lambda *args: seeds.append(torch.initial_seed()) or build(*args))
+    parts.resume = "auto"
+    assert numbers_of(finetune(parts)) == numbers_of(whole)
+    assert seeds == [2]
+    losses = [
+        [line.get("loss") for line in map(json.loads, (tmp_path / out / "seed_2" / "metrics.jsonl").open())]
+        for out in ("run", "whole")
+    ]
+    assert losses[0] == losses[1]
+    more = dataclasses.replace(parts, run=dataclasses.replace(parts.run, seeds=[1, 2, 3]))
+    assert numbers_of(finetune(more))[:2] == numbers_of(whole)
+    assert seeds == [2, 3]
+
+    other = dataclasses.replace(parts, optim=dataclasses.replace(parts.optim, lr=0.5))
+    with pytest.raises(ValueError, match=r"optim\.lr was 0\.003 in .* and is 0\.5: set it back"):
+        finetune(other)
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        finetune(dataclasses.replace(parts, resume=None))
+    write_rows(tmp_path / "tasks" / "red" / "dev.jsonl", [{"sentence": "red", "label": 1}])
+    with pytest.raises(ValueError, match="is of other rows"):
+        finetune(parts)
+
+
+# ------------------------------------------------------------------------------------------- models and settings
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(BertForSequenceClassification, BertConfig), (RobertaForSequenceClassification, RobertaConfig)],
+)
+def test_the_papers_matrices_are_projected(kind: Any, settings: Any) -> None:
+    with torch.device("meta"):
+        model = kind(settings(**SIZES, vocab_size=30))
+    groups = subspan.param_groups(model, rank=4, verbose=False)
+    projected = {name for name, _ in groups[0]["params"]}
+    inside = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+    wanted = {
+        f"encoder.layer.{i}.{part}.weight" for i in (0, 1) for part in (*inside, "intermediate.dense", "output.dense")
+    }
+    assert {name.partition(".")[2] for name in projected} == wanted
+    rest = {name for group in groups[1:] for name, _ in group["params"]}
+    assert {name for name in rest if name.startswith("classifier") or "pooler" in name} == {
+        name for name, _ in model.named_parameters() if name.startswith("classifier") or "pooler" in name
+    }
+
+
+@pytest.mark.parametrize("train_rest", [False, True])
+def test_lora_trains_adapters_and_head(tmp_path: Path, encoder: str, train_rest: bool) -> None:
+    config = configure(
+        tmp_path, encoder, optim={"preset": "adamw"}, model={"baseline": "lora", "train_rest": train_rest}
+    )
+    tokenizer = load_tokenizer(encoder)
+    model, new = build_classifier(config, load_task(config.data, tokenizer), tokenizer, torch.device("cpu"))
+    assert new == ["classifier.bias", "classifier.weight"]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    adapters = {name for name in trained if "lora_" in name}
+    assert len(adapters) == 2 * 6 * 2
+    rest = trained - adapters
+    assert set(new) <= rest
+    assert (rest == set(new)) == (not train_rest)
+
+
+def test_a_head_that_fits_is_kept_and_another_is_new(tmp_path: Path, encoder: str) -> None:
+    tokenizer = load_tokenizer(encoder)
+    for labels, expected in ((2, []), (5, ["classifier.bias", "classifier.weight"])):
+        folder = tmp_path / str(labels)
+        model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=labels)
+        model.save_pretrained(folder)
+        config = configure(tmp_path, str(folder))
+        task = load_task(config.data, tokenizer)
+        _, new = build_classifier(config, task, tokenizer, torch.device("cpu"))
+        assert new == expected
+
+
+def test_defaults_are_the_papers_and_follow_what_is_given() -> None:
+    def optim(*words: str) -> FinetuneOptimConfig:
+        return parse_finetune(["finetune", *words]).optim
+
+    assert (optim("--optim.rank", "4").scale, optim("--optim.rank", "8").scale, optim().update_proj_gap) == (4, 2, 500)
+    assert (optim().gradients, optim("--optim.preset", "fira").gradients) == ("project", "hold")
+    assert optim("--optim.preset", "apollo").scale == 1.0
+    assert optim("--optim.scale", "0.5").scale == 0.5
+    assert list(FINETUNE_SECTIONS) == list(SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--run.seeds", "[1, 1]"], "run.seeds=[1, 1] must be different"),
+        (["--run.epochs", "0"], "run.epochs=0"),
+        (["--run.micro_batch", "3"], "does not divide run.batch_size=16"),
+        (["--optim.gradients", "update", "--run.micro_batch", "8"], "optim.gradients=update takes one"),
+        (["--model.baseline", "lora"], "use optim.preset=adamw"),
+        (["--optim.rank", "0"], "optim.rank=0"),
+        (["--data.columns", "[a, b, c]"], "one or two columns"),
+        (["--data.metric", "speed"], "--data.metric"),
+        (["--run.steps", "3"], "--run.steps"),
+        (["--model.name", "no/such/model"], "model.name='no/such/model'"),
+        ([], "no data"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_leaves_nothing(
+    tmp_path: Path, encoder: str, capsys: pytest.CaptureFixture[str], words: list[str], named: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", "--model.name", encoder, "--run.out", str(tmp_path / "run"), *words])
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert shown.startswith("subspan: error: ")
+    assert shown.count("\n") == 1
+    assert named in shown
+    assert not (tmp_path / "run").exists()
