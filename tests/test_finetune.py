@@ -58,16 +58,16 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def write_task(folder: Path, *, numbers: bool = False) -> str:
-    """Sentences of five words; the class is whether "red" is among them, the number how often it is."""
-    draw = random.Random(0)
+    """Sentences of four words; the class is which half of the words they are from, the number how many are from the first."""
+    draw, half = random.Random(0), len(WORDS) // 2
     for name, size in (("train", 64), ("dev", 32)):
         rows = []
         for i in range(size):
-            words = [draw.choice([word for word in WORDS if word != "red"]) for _ in range(5)]
-            for place in draw.sample(range(5), i % 4 if numbers else i % 2):
-                words[place] = "red"
-            rows.append({"sentence": " ".join(words), "label": words.count("red") / 4 if numbers else i % 2})
-        write_rows(folder / "tasks" / "red" / f"{name}.jsonl", rows)
+            first = i % 5 if numbers else 4 * (i % 2)
+            words = draw.choices(WORDS[:half], k=first) + draw.choices(WORDS[half:], k=4 - first)
+            draw.shuffle(words)
+            rows.append({"sentence": " ".join(words), "label": first / 4 if numbers else i % 2})
+        write_rows(folder / "tasks" / "halves" / f"{name}.jsonl", rows)
     return str(folder / "tasks")
 
 
@@ -78,9 +78,11 @@ def configure(
         write_task(folder)
     return FinetuneConfig(
         ClassifierConfig(**{"name": name, **(model or {})}),
-        TaskConfig(**{"task": "red", "folder": str(folder / "tasks"), **(data or {})}),
+        TaskConfig(**{"task": "halves", "folder": str(folder / "tasks"), **(data or {})}),
         FinetuneOptimConfig(**{"rank": 4, "scale": 1.0, "lr": 0.003, "update_proj_gap": 5, **(optim or {})}),
-        FinetuneRunConfig(**{"out": str(folder / "run"), "epochs": 4, "batch_size": 8, **(run or {})}),
+        FinetuneRunConfig(
+            **{"out": str(folder / "run"), "epochs": 4, "batch_size": 8, "checkpoint_every": 0, **(run or {})}
+        ),
     )
 
 
@@ -104,7 +106,7 @@ def test_every_kind_of_method_learns_and_exports(tmp_path: Path, encoder: str, m
     assert result["epochs"][-1]["valid_loss"] < result["epochs"][0]["valid_loss"]
     exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "seed_0" / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "seed_0" / "model")
-    rows = [json.loads(line) for line in (tmp_path / "tasks" / "red" / "dev.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "tasks" / "halves" / "dev.jsonl").read_text().splitlines()]
     inputs = tokenizer([row["sentence"] for row in rows], return_tensors="pt", padding=True)
     with torch.no_grad():
         predicted = exported(**inputs).logits.argmax(-1).tolist()
@@ -115,9 +117,9 @@ def test_every_kind_of_method_learns_and_exports(tmp_path: Path, encoder: str, m
 
 def test_what_a_run_says_and_leaves(tmp_path: Path, encoder: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_task(tmp_path)
-    words = ["finetune", "--model.name", encoder, "--data.task", "red", "--data.folder", str(tmp_path / "tasks")]
+    words = ["finetune", "--model.name", encoder, "--data.task", "halves", "--data.folder", str(tmp_path / "tasks")]
     words += ["--optim.rank", "4", "--optim.lr", "1e-3", "--run.seeds", "[3, 5]", "--run.out", str(tmp_path / "run")]
-    words += ["--run.epochs", "2"]
+    words += ["--run.epochs", "2", "--run.checkpoint_every", "0"]
     main(words)
     shown = capsys.readouterr().out
     run = tmp_path / "run"
@@ -182,7 +184,7 @@ def test_modes_of_gradients_and_micro_batches_are_the_same_run(tmp_path: Path, e
     for gradients, micro_batch in (("hold", None), ("project", None), ("update", None), ("project", 4)):
         out = str(tmp_path / f"{gradients}_{micro_batch}")
         optim = {"preset": preset, "gradients": gradients, "lr": 0.001}
-        run = {"out": out, "micro_batch": micro_batch, "epochs": 2, "checkpoint_every": 0}
+        run = {"out": out, "micro_batch": micro_batch, "epochs": 2}
         summary = finetune(configure(tmp_path, encoder, optim=optim, run=run))
         seen.append([epoch["valid_loss"] for epoch in summary["seeds"][0]["epochs"]])
     for other in seen[1:]:
@@ -197,7 +199,7 @@ def test_a_run_that_died_goes_on_and_ends_the_same(
     shutil.copytree(encoder, tmp_path / "dropout")
     settings = json.loads((tmp_path / "dropout" / "config.json").read_text())
     (tmp_path / "dropout" / "config.json").write_text(json.dumps({**settings, "hidden_dropout_prob": 0.2}))
-    name, run = str(tmp_path / "dropout"), {"epochs": 3, "seeds": [1, 2]}
+    name, run = str(tmp_path / "dropout"), {"epochs": 3, "seeds": [1, 2], "checkpoint_every": 1}
     whole = finetune(configure(tmp_path, name, run={**run, "out": str(tmp_path / "whole")}))
 
     calls, evaluate = iter(range(100)), module.evaluate
@@ -232,7 +234,7 @@ def test_a_run_that_died_goes_on_and_ends_the_same(
         finetune(other)
     with pytest.raises(ValueError, match="exists and is not empty"):
         finetune(dataclasses.replace(parts, resume=None))
-    write_rows(tmp_path / "tasks" / "red" / "dev.jsonl", [{"sentence": "red", "label": 1}])
+    write_rows(tmp_path / "tasks" / "halves" / "dev.jsonl", [{"sentence": "red", "label": 1}])
     with pytest.raises(ValueError, match="is of other rows"):
         finetune(parts)
 
