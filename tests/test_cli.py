@@ -47,6 +47,11 @@ def test_train_takes_a_recipe_and_options_that_win_over_it(tmp_path: Path, capsy
     assert len(re.findall(r"^step \d/4 ", shown, flags=re.MULTILINE)) == 2  # no terminal: the first line and the last
 
 
+def test_what_follows_from_the_preset_follows_the_command_line() -> None:
+    optim = cli.parse_train(["train", "--optim.preset", "apollo"]).optim
+    assert (optim.scale, optim.gradients) == (1.0, "hold")
+
+
 def test_what_the_end_of_a_run_proposes_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*tiny_words(tmp_path)) == 0
     shown = capsys.readouterr().out

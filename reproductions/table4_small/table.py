@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from run import METHODS, RESULTS, ROWS, SEARCH_SEED
+from run import METHODS, PARTS, RESULTS, SEARCH_SEED
 
 HERE = Path(__file__).parent
 NAMES = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2", "banking77": "Banking77"}
@@ -33,8 +33,8 @@ def quality(results: list[dict[str, Any]], which: str) -> str:
     ]
     for name, method in METHODS.items():
         cells, means = [], []
-        rows = [result for task in ROWS for result in of(results, name, task, False)]
-        for task in ROWS:
+        rows = [result for task in PARTS for result in of(results, name, task, False)]
+        for task in PARTS:
             runs = of(results, name, task, False)
             values = [100 * run[which][run["metrics"][0]] for run in runs]
             spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
@@ -43,7 +43,7 @@ def quality(results: list[dict[str, Any]], which: str) -> str:
         if rows:
             state = rows[0]["bytes"]["basis"] + rows[0]["bytes"]["moments"]
             numbers = [f"{state / 2**20:.1f}", f"{rows[0]['bytes']['gradients'] / 2**20:.1f}"]
-            average = f"{mean(means):.1f}" if len(means) == len(ROWS) else "-"
+            average = f"{mean(means):.1f}" if len(means) == len(PARTS) else "-"
             speed = f"{mean(row['tokens_per_second'] for row in rows):.0f}"
             lines.append(f"| {method.title} | {' | '.join(cells)} | {average} | {' | '.join(numbers)} | {speed} |")
     return "\n".join(lines)
