@@ -163,9 +163,9 @@ def test_numbers_are_predicted(tmp_path: Path, encoder: str) -> None:
 def test_a_causal_model_without_a_pad_token_learns(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "llama", special=False)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=len(tokenizer), initializer_range=0.2)).save_pretrained(
-        tmp_path / "llama"
-    )
+    LlamaForCausalLM(
+        LlamaConfig(**SIZES, vocab_size=len(tokenizer), initializer_range=0.2, max_position_embeddings=64)
+    ).save_pretrained(tmp_path / "llama")
     summary = finetune(configure(tmp_path, str(tmp_path / "llama"), run={"epochs": 6}))
     assert summary["best"]["accuracy"]["mean"] >= 0.9
 

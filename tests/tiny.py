@@ -96,7 +96,7 @@ def write_tokenizer(folder: Path, *, special: bool = True) -> Any:
     if special:
         tokens.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
         names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, model_max_length=64, **names)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, **names)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

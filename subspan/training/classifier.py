@@ -22,13 +22,19 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a token to pad with: its end-of-text token where it has none, as causal LMs."""
+    """The tokenizer of a model, with a token to pad with: its end-of-text token where it has none, as causal LMs.
+
+    It cuts texts at the model's positions if it knows no smaller limit. Raises ValueError if there is none.
+    """
+    transformers = require("transformers", "train")
     try:
-        tokenizer: PreTrainedTokenizerBase = require("transformers", "train").AutoTokenizer.from_pretrained(name)
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name)
+        positions = getattr(transformers.AutoConfig.from_pretrained(name), "max_position_embeddings", None)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.name={name!r}: no Hugging Face model or folder with a tokenizer: {first_line(error)}"
         ) from None
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -66,10 +72,8 @@ def build_classifier(
     if config.optim.preset == "qgalore":
         quantize_weights(model)
     model.to(device)  # type: ignore[arg-type]
-    mismatched = [
-        key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]
-    ]  # a head of another size
-    new = sorted({*info["missing_keys"], *mismatched})
+    other_size = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    new = sorted({*info["missing_keys"], *other_size})
     add_baseline(model, config, _head(model, new))
     if config.model.activation_checkpointing:
         newer = getattr(model, "activation_checkpointing_enable", None)  # the older name is deprecated
