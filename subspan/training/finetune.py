@@ -285,8 +285,10 @@ def print_summary(summary: dict[str, Any]) -> None:
     rich = require("rich.table", "train")
     metrics, sizes, out = summary["metrics"], summary["bytes"], summary["config"]["run"]["out"]
     factor = 100  # of metrics, as tables print them
-    table = rich.Table(box=require("rich.box", "train").SIMPLE, title=f"{summary['task']}, validation, x {factor}")
-    for name in ("seed", "best epoch", *metrics, "last epoch", *metrics, "seconds"):
+    table = rich.Table(
+        box=require("rich.box", "train").SIMPLE, title=f"{summary['task']}: best and last epoch, x {factor}"
+    )
+    for name in ("seed", "best", *metrics, "last", *metrics, "seconds"):
         table.add_column(name, justify="right")
 
     def shown(value: float | None) -> str:
