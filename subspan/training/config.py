@@ -80,12 +80,12 @@ class ModelConfig:
     """torch.compile the model, block by block; the first step takes longer"""
 
     def __post_init__(self) -> None:
-        _check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _check_choice("model.baseline", self.baseline, (None, *get_args(Baseline)))
-        _check_number("model.lora_alpha", self.lora_alpha, above=0)
-        _check_number("model.lora_dropout", self.lora_dropout, at_least=0, below=1)
-        _check_whole("model.merge_every", self.merge_every, minimum=1)
-        _check_whole("model.rewarm_steps", self.rewarm_steps, minimum=0)
+        check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("model.baseline", self.baseline, (None, *get_args(Baseline)))
+        check_number("model.lora_alpha", self.lora_alpha, above=0)
+        check_number("model.lora_dropout", self.lora_dropout, at_least=0, below=1)
+        check_whole("model.merge_every", self.merge_every, minimum=1)
+        check_whole("model.rewarm_steps", self.rewarm_steps, minimum=0)
         if not self.name:
             raise ValueError("model.name is empty: use llama-9m or another name from `subspan train --help`")
         if self.pretrained and self.overrides:
@@ -132,11 +132,11 @@ class DataConfig:
     """processes that read ahead"""
 
     def __post_init__(self) -> None:
-        _check_whole("data.seq_len", self.seq_len, minimum=2)
-        _check_whole("data.vocab_size", self.vocab_size, minimum=257)
-        _check_whole("data.num_workers", self.num_workers, minimum=0)
-        _check_choice("data.format", self.format, ("text", "chat"))
-        _check_number("data.valid_fraction", self.valid_fraction, above=0, below=1)
+        check_whole("data.seq_len", self.seq_len, minimum=2)
+        check_whole("data.vocab_size", self.vocab_size, minimum=257)
+        check_whole("data.num_workers", self.num_workers, minimum=0)
+        check_choice("data.format", self.format, ("text", "chat"))
+        check_number("data.valid_fraction", self.valid_fraction, above=0, below=1)
         if self.dataset and (self.files or self.valid_files):
             raise ValueError(f"data.dataset={self.dataset!r} and data.files exclude each other: give one of them")
         if self.valid_files and not self.files:
@@ -154,11 +154,11 @@ class DataConfig:
 
     @property
     def file_list(self) -> list[str] | None:
-        return _as_list(self.files)
+        return as_list(self.files)
 
     @property
     def valid_file_list(self) -> list[str] | None:
-        return _as_list(self.valid_files)
+        return as_list(self.valid_files)
 
 
 @dataclass
@@ -220,43 +220,43 @@ class OptimConfig:
     """step with one compiled pass over the moments; the first step takes longer"""
 
     def __post_init__(self) -> None:
-        _check_choice("optim.preset", self.preset, get_args(Preset))
-        _check_number("optim.lr", self.lr, above=0)
-        _check_number("optim.dense_lr", self.dense_lr, above=0, optional=True)
-        _check_whole("optim.rank", self.rank, minimum=1)
+        check_choice("optim.preset", self.preset, get_args(Preset))
+        check_number("optim.lr", self.lr, above=0)
+        check_number("optim.dense_lr", self.dense_lr, above=0, optional=True)
+        check_whole("optim.rank", self.rank, minimum=1)
         self.scale = SCALES.get(self.preset, 0.25) if self.scale is None else self.scale
-        _check_number("optim.scale", self.scale)
-        _check_whole("optim.update_proj_gap", self.update_proj_gap, minimum=1)
-        _check_number("optim.adaptive_refresh", self.adaptive_refresh, at_least=0, below=1, optional=True)
-        _check_whole("optim.max_update_proj_gap", self.max_update_proj_gap, minimum=1, optional=True)
+        check_number("optim.scale", self.scale)
+        check_whole("optim.update_proj_gap", self.update_proj_gap, minimum=1)
+        check_number("optim.adaptive_refresh", self.adaptive_refresh, at_least=0, below=1, optional=True)
+        check_whole("optim.max_update_proj_gap", self.max_update_proj_gap, minimum=1, optional=True)
         if self.max_update_proj_gap is not None and self.adaptive_refresh is None:
             raise ValueError(
                 f"optim.max_update_proj_gap={self.max_update_proj_gap} bounds a gap that grows: set optim.adaptive_refresh, "
                 "0.6 say, or drop it"
             )
-        _check_choice("optim.proj_type", self.proj_type, ("std", "reverse_std", "left", "right"))
-        _check_choice("optim.projector", self.projector, (None, *get_args(ProjectorName)))
-        _check_choice("optim.moments", self.moments, (None, *get_args(Moments)))
-        _check_number("optim.moments_gate", self.moments_gate, at_least=0, below=1, optional=True)
+        check_choice("optim.proj_type", self.proj_type, ("std", "reverse_std", "left", "right"))
+        check_choice("optim.projector", self.projector, (None, *get_args(ProjectorName)))
+        check_choice("optim.moments", self.moments, (None, *get_args(Moments)))
+        check_number("optim.moments_gate", self.moments_gate, at_least=0, below=1, optional=True)
         if self.moments_gate is not None and self.moments in (None, "keep"):
             raise ValueError(
                 f"optim.moments_gate={self.moments_gate} says when moments are not kept: set optim.moments=transport, or drop it"
             )
         if self.gradients is None:
             self.gradients = "hold" if self.preset in FULL_GRADIENT else "project"
-        _check_choice("optim.gradients", self.gradients, get_args(Gradients))
+        check_choice("optim.gradients", self.gradients, get_args(Gradients))
         if self.gradients == "project" and self.preset in FULL_GRADIENT:
             raise ValueError(
                 f"optim.gradients=project keeps projections, and optim.preset={self.preset} needs full gradients: "
                 "use optim.gradients=hold, or update"
             )
-        _check_number("optim.weight_decay", self.weight_decay, at_least=0)
-        _check_number("optim.eps", self.eps, at_least=0, optional=True)
-        _check_number("optim.max_grad_norm", self.max_grad_norm, at_least=0, optional=True)
-        _check_choice("optim.state_dtype", self.state_dtype, (None, *get_args(StateDtype)))
-        _check_choice("optim.basis_dtype", self.basis_dtype, (None, *get_args(BasisDtype)))
-        _check_choice("optim.dense_rule", self.dense_rule, (None, *get_args(RuleName)))
-        _check_choice("optim.dense_state_dtype", self.dense_state_dtype, (None, *get_args(StateDtype)))
+        check_number("optim.weight_decay", self.weight_decay, at_least=0)
+        check_number("optim.eps", self.eps, at_least=0, optional=True)
+        check_number("optim.max_grad_norm", self.max_grad_norm, at_least=0, optional=True)
+        check_choice("optim.state_dtype", self.state_dtype, (None, *get_args(StateDtype)))
+        check_choice("optim.basis_dtype", self.basis_dtype, (None, *get_args(BasisDtype)))
+        check_choice("optim.dense_rule", self.dense_rule, (None, *get_args(RuleName)))
+        check_choice("optim.dense_state_dtype", self.dense_state_dtype, (None, *get_args(StateDtype)))
         if self.gradients == "update" and self.max_grad_norm:
             raise ValueError(
                 f"optim.max_grad_norm={self.max_grad_norm} needs all gradients, which optim.gradients=update never sees "
@@ -320,19 +320,19 @@ class RunConfig:
     `subspan report` draws it"""
 
     def __post_init__(self) -> None:
-        _check_whole("run.steps", self.steps, minimum=1)
-        _check_whole("run.warmup_steps", self.warmup_steps, minimum=0)
-        _check_number("run.min_lr_ratio", self.min_lr_ratio, at_least=0, at_most=1)
-        _check_whole("run.batch_size", self.batch_size, minimum=1)
-        _check_whole("run.micro_batch", self.micro_batch, minimum=1, optional=True)
-        _check_whole("run.eval_every", self.eval_every, minimum=0)
-        _check_whole("run.eval_sequences", self.eval_sequences, minimum=1, optional=True)
-        _check_whole("run.checkpoint_every", self.checkpoint_every, minimum=0)
-        _check_whole("run.keep_checkpoints", self.keep_checkpoints, minimum=1)
-        _check_whole("run.log_every", self.log_every, minimum=1)
-        _check_whole("run.seed", self.seed, minimum=0)
-        _check_whole("run.profile", self.profile, minimum=0)
-        _check_whole("run.threads", self.threads, minimum=1, optional=True)
+        check_whole("run.steps", self.steps, minimum=1)
+        check_whole("run.warmup_steps", self.warmup_steps, minimum=0)
+        check_number("run.min_lr_ratio", self.min_lr_ratio, at_least=0, at_most=1)
+        check_whole("run.batch_size", self.batch_size, minimum=1)
+        check_whole("run.micro_batch", self.micro_batch, minimum=1, optional=True)
+        check_whole("run.eval_every", self.eval_every, minimum=0)
+        check_whole("run.eval_sequences", self.eval_sequences, minimum=1, optional=True)
+        check_whole("run.checkpoint_every", self.checkpoint_every, minimum=0)
+        check_whole("run.keep_checkpoints", self.keep_checkpoints, minimum=1)
+        check_whole("run.log_every", self.log_every, minimum=1)
+        check_whole("run.seed", self.seed, minimum=0)
+        check_whole("run.profile", self.profile, minimum=0)
+        check_whole("run.threads", self.threads, minimum=1, optional=True)
         if not self.out:
             raise ValueError("run.out is empty: name the run folder")
         if self.warmup_steps > self.steps:
@@ -413,24 +413,24 @@ def make_config(sections: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**made)
 
 
-def _as_list(value: str | list[str] | None) -> list[str] | None:
+def as_list(value: str | list[str] | None) -> list[str] | None:
     return [value] if isinstance(value, str) else value
 
 
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         known = ", ".join("none" if choice is None else str(choice) for choice in choices)
         raise ValueError(f"{name}={value!r} is unknown: use one of {known}")
 
 
-def _check_whole(name: str, value: object, *, minimum: int, optional: bool = False) -> None:
+def check_whole(name: str, value: object, *, minimum: int, optional: bool = False) -> None:
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {minimum}")
 
 
-def _check_number(
+def check_number(
     name: str,
     value: float | None,
     *,

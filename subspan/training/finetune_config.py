@@ -6,11 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from subspan.optim.presets import FULL_RANK, SCALES
-from subspan.training.config import OptimConfig
-from subspan.training.config import _as_list as as_list
-from subspan.training.config import _check_choice as check_choice
-from subspan.training.config import _check_number as check_number
-from subspan.training.config import _check_whole as check_whole
+from subspan.training.config import OptimConfig, as_list, check_choice, check_number, check_whole
 
 Metric = Literal["accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman"]
 
