@@ -20,6 +20,7 @@ RULES = {
     "lion": subspan.Lion(),
     "sgd": subspan.SGDMomentum(),
     "sgd nesterov": subspan.SGDMomentum(nesterov=True),
+    "muon": subspan.Muon(),
     "column norm": subspan.ColumnNorm(0.9),
 }
 PROJECTORS = {
@@ -54,7 +55,7 @@ COMBINES = {
 CASES = [
     (rule, projector, state, "none")
     for rule, projector, state in itertools.product(RULES, PROJECTORS, STATES)
-    if not (rule in ("adafactor", "column norm") and STATES[state][0] in LOW_BITS)  # refused, see test_optimizer.py
+    if not (rule == "adafactor" and STATES[state][0] in LOW_BITS)  # refused, see test_optimizer.py
 ] + [("adam", "random", state, combine) for state, combine in itertools.product(STATES, COMBINES)]
 
 

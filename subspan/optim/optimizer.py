@@ -48,7 +48,7 @@ from subspan.optim.quant import Store, init_basis, read_basis, write_basis
 from subspan.optim.refresh import Refresh, Timetable
 from subspan.optim.rules import Adam, Rule
 from subspan.optim.sweep import OWN
-from subspan.optim.update import update_weight, works_by_parts
+from subspan.optim.update import stores_in_few_bits, update_weight
 
 Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor, Tensor]
 """A group, a parameter of it, its R (its gradient if it is dense), the norm of R, what of R counts."""
@@ -135,7 +135,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         dense_rule = rule if dense_rule is None else dense_rule
         if dense_state_dtype is None:
             dense_state_dtype = state_dtype
-            if state_dtype in LOW_BITS and not works_by_parts(dense_rule) and dense_rule is not rule:
+            if state_dtype in LOW_BITS and not stores_in_few_bits(dense_rule) and dense_rule is not rule:
                 dense_state_dtype = torch.float32
         self.rules = dict(rules or {})
         _check_dtypes(state_dtype, rule, dense_state_dtype, (dense_rule, *self.rules.values()), basis_dtype)
@@ -615,8 +615,8 @@ def _check_dtypes(
             raise ValueError(f"{name}={dtype} is not supported: use torch.float32, torch.bfloat16, {fewer}")
     used = [("state_dtype", state, rule), *(("dense_state_dtype", dense_state, r) for r in dense_rules)]
     for name, dtype, r in used:
-        if dtype in LOW_BITS and not works_by_parts(r):
+        if dtype in LOW_BITS and not stores_in_few_bits(r):
             raise ValueError(
-                f"{name}={dtype} has no moment to store with {type(r).__name__}, whose state is small or needs all of it at "
-                f"once: use {name}=torch.float32, or Adam, Lion or SGDMomentum"
+                f"{name}={dtype} has no moment to store with {type(r).__name__}, whose state is small: "
+                f"use {name}=torch.float32, or Adam, Lion, SGDMomentum or Muon"
             )

@@ -24,7 +24,7 @@ from subspan.optim.int8 import Int8Weight
 from subspan.optim.marks import mark
 from subspan.optim.norms import parts_of, row_norms
 from subspan.optim.projectors import Side, orient, project_back
-from subspan.optim.quant import State, Store, stochastic_round
+from subspan.optim.quant import SIGNED, State, Store, stochastic_round
 from subspan.optim.rules import Rule
 from subspan.optim.sweep import compiled_sweep, sweep
 
@@ -73,7 +73,9 @@ def update_weight(
     direction = R if combine is None else None
     if not works_by_parts(rule) or R.ndim == 0:
         with mark("rule"):
-            U = rule.update(_clean(R, live, factor), state, torch.tensor(float(count)), use)
+            moments = store.load(state, R.shape)
+            U = rule.update(_clean(R, live, factor), moments, torch.tensor(float(count)), use)
+            store.save(state, moments, use)
             direction = U if use is None else U * use
     else:
         dim = store.dim(state, R)
@@ -153,8 +155,14 @@ def _rows(live: Tensor, dim: int, start: int, length: int) -> Tensor:
 
 
 def works_by_parts(rule: Rule) -> bool:
-    """Whether `rule` sees one element at a time: part by part, and with moments in few bits."""
+    """Whether `rule` sees one element at a time, and so may see them part by part."""
     return getattr(rule, "elementwise", False)
+
+
+def stores_in_few_bits(rule: Rule) -> bool:
+    """Whether `rule` has moments for codes, or none at all: Adafactor's are small and stay as they are."""
+    moments = rule.init(torch.empty(1, 1, device="meta"))
+    return not moments or any(name in SIGNED for name in moments)
 
 
 def _move(
