@@ -189,6 +189,7 @@ def eval_command(config: TrainConfig | None, arguments: dict[str, Any]) -> None:
 
 def plan_command(arguments: Any) -> None:
     """`subspan plan`: `arguments` are its words, parsed."""
+    from subspan.advice import advise
     from subspan.budget import Space, describe_fits, parse_size, search
     from subspan.plan import Planner, describe_run
     from subspan.report import check_figure, compare_methods, draw_plans
@@ -202,13 +203,16 @@ def plan_command(arguments: Any) -> None:
         plan = planner.plan(config)
         shown = json.dumps({**describe_run(config), **plan.as_dict()}, indent=2)
         print(shown if arguments.json else f"{plan.describe(config)}\n\n{plan}")
+        parameters = plan.parameters
     else:
         given = {axis: (arguments[name],) for name, axis in PLAN_AXES.items() if arguments[name] is not None}
         fits = search(config, budget, Space(**given), planner)
         rows = [{**describe_run(fit.config), **fit.plan.as_dict()} for fit in fits]
         shown = json.dumps({"budget": budget, "fits": rows}, indent=2)
         print(shown if arguments.json else describe_fits(fits, budget))
-        config = fits[0].config
+        config, parameters = fits[0].config, fits[0].plan.parameters
+    if not arguments.json:
+        print(f"  start with            {advise(config.optim.preset, parameters)}")
     if arguments.figure:
         draw_plans(compare_methods(config, planner), Path(arguments.figure), config)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "subspan"
 
 LAYERS = {
+    "advice": 0,
     "extras": 0,
     "optim.books": 0,
     "optim.int8": 1,

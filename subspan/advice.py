@@ -1,0 +1,53 @@
+"""What to start with: learning rates and T for a preset and a size of model, as measured here or published (docs/choosing.md)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Start:
+    """What won for a model of so many parameters. lr: of matrices. source: who says so."""
+
+    parameters: float
+    lr: float
+    dense_lr: float
+    source: str
+    update_proj_gap: int | None = None
+
+
+_GRID, _FIRST = "benchmarks/quality", "reproductions/first_run"
+_GALORE = (
+    Start(1.7e6, 0.01, 0.1, _GRID, 100),
+    Start(8.4e6, 0.003, 0.01, _FIRST, 100),
+    Start(58e6, 0.01, 0.01, "arXiv 2403.03507, 60M to 1B", 200),
+    Start(1.34e9, 0.01, 0.01, "arXiv 2403.03507, 60M to 1B", 200),
+    Start(6.7e9, 0.005, 0.005, "arXiv 2403.03507, 7B", 500),
+)
+_ADAMW = (Start(1.7e6, 0.003, 0.1, _GRID), Start(8.4e6, 0.0005, 0.01, _FIRST))
+STARTS: dict[str, tuple[Start, ...]] = {
+    "galore": _GALORE,
+    "galore8bit": _GALORE,
+    "qgalore": _GALORE,
+    "paper": _GALORE,
+    "adamw": _ADAMW,
+    "adamw8bit": _ADAMW,
+    "fira": (Start(1.7e6, 0.01, 0.1, _GRID, 100),),
+    "muon": (Start(1.7e6, 0.01, 0.1, _GRID),),
+}
+"""By preset. Nothing is said of presets that are not listed: their rates have not been searched."""
+
+
+def advise(preset: str, parameters: int) -> str:
+    """The entry of `STARTS` of the nearest size, in words."""
+    starts = STARTS.get(preset)
+    if starts is None:
+        return f"no rates of {preset} have been searched yet: see docs/choosing.md for how"
+    start = min(starts, key=lambda s: abs(math.log(s.parameters / parameters)))
+    gap = "" if start.update_proj_gap is None else f", update_proj_gap {start.update_proj_gap}"
+    size = f"{start.parameters / 1e9:g} B" if start.parameters >= 1e9 else f"{start.parameters / 1e6:g} M"
+    return (
+        f"lr {start.lr:g}, dense_lr {start.dense_lr:g}{gap}: what won at {size} parameters ({start.source}); "
+        "search both rates again (docs/choosing.md)"
+    )
