@@ -1,6 +1,6 @@
 """Subspan trains every parameter of a large language model in a fraction of the memory."""
 
-from subspan.optim.combine import Apollo, Fira, Frugal, Orthogonal
+from subspan.optim.combine import Apollo, Fira, Frugal
 from subspan.optim.groups import describe_groups, param_groups, quantize_weights
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.presets import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreLion, GaLoreSGD, QGaLoreAdamW
@@ -25,7 +25,6 @@ __all__ = [
     "GaLoreSGD",
     "Lion",
     "Muon",
-    "Orthogonal",
     "ProjectedOptimizer",
     "QGaLoreAdamW",
     "Random",

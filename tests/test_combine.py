@@ -13,7 +13,6 @@ import subspan
 from subspan.optim import norms, update
 from subspan.optim.combine import LIMITED
 from subspan.optim.int8 import Int8Weight
-from subspan.optim.orthogonal import orthogonalize
 from subspan.optim.projectors import orient, pick_side, random_basis
 
 COMBINES = {
@@ -23,7 +22,6 @@ COMBINES = {
     "apollo": subspan.Apollo(limit=None),
     "apollo limited": subspan.Apollo(),
     "apollo mini": subspan.Apollo(by="tensor", limit=None),
-    "orthogonal": subspan.Orthogonal(),
 }
 SHAPES = {"tall": (12, 7), "wide": (7, 12), "square": (8, 8), "batch": (3, 6, 9)}
 
@@ -56,8 +54,6 @@ def expected(combine, A, Q, R, U):
         return Q @ U + S * phi
     if isinstance(combine, subspan.Frugal):
         return Q @ U + combine.coefficient * S.sign()
-    if isinstance(combine, subspan.Orthogonal):
-        return 0.2 * math.sqrt(max(A.shape[-2:])) * orthogonalize(A + Q @ (U - R))
     if combine.by == "tensor":
         phi = U.norm(dim=(-2, -1), keepdim=True) / (R.norm(dim=(-2, -1), keepdim=True) + 1e-8)
     return A * phi * math.sqrt(r / d)
@@ -116,31 +112,6 @@ def test_without_a_rest_all_is_galore(combine):
             parameter.grad = drawn((12, 7), step + 1)
             optimizer.step()
     torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_at_full_rank_low_rank_momentum_is_muons(shape):
-    """However the basis lies. Muon averages where SGD adds up, a factor that its iteration does not see."""
-    momentum = subspan.SGDMomentum(0.9, nesterov=True)
-    p, low = make(shape, subspan.Orthogonal(), rank=9, rule=momentum)
-    q = nn.Parameter(p.detach().clone())
-    group = {"params": [q], "full_rank": True, "view": "batch" if len(shape) == 3 else "matrix"}
-    full = subspan.ProjectedOptimizer([group], 0.05, rule=subspan.Muon(0.9, match_adam=True), dense_rule=subspan.Adam())
-    for step in range(4):
-        for parameter, optimizer in ((p, low), (q, full)):
-            parameter.grad = drawn(shape, step + 1)
-            optimizer.step()
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
-
-
-def test_singular_values_come_near_to_one():
-    for shape in ((40, 90), (90, 40), (3, 20, 20)):
-        X = drawn(shape, 1)
-        S = torch.linalg.svdvals(orthogonalize(X))
-        assert S.min() > 0.3
-        assert S.max() < 1.3
-        torch.testing.assert_close(orthogonalize(X.mT), orthogonalize(X).mT)
-    assert orthogonalize(torch.zeros(4, 6)).equal(torch.zeros(4, 6))
 
 
 @pytest.mark.parametrize("combine", [subspan.Fira(limit=1.5), subspan.Apollo(limit=1.5)])

@@ -50,7 +50,6 @@ COMBINES = {
     "frugal": subspan.Frugal(),
     "apollo": subspan.Apollo(),
     "mini": subspan.Apollo("tensor"),
-    "orthogonal": subspan.Orthogonal(),
 }
 CASES = [
     (rule, projector, state, "none")

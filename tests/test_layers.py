@@ -15,7 +15,6 @@ LAYERS = {
     "optim.books": 0,
     "optim.int8": 1,
     "optim.marks": 0,
-    "optim.orthogonal": 0,
     "optim.projectors": 1,
     "optim.quant": 1,
     "optim.refresh": 2,

@@ -36,7 +36,7 @@ METHODS: dict[str, tuple[float, dict[str, Any], dict[str, Any]]] = {  # where th
     "adamw": (3e-5, {"preset": "adamw"}, {}),
     "lora": (3e-4, {"preset": "adamw", "rank": 16}, {"baseline": "lora", "train_rest": False}),
     "galore": (3e-4, {"preset": "galore", "gradients": "project"}, {}),
-    "subspan": (3e-4, {"preset": "subspan", "gradients": "update"}, {}),
+    "subspan": (1e-3, {"preset": "subspan", "gradients": "update"}, {}),
 }
 
 

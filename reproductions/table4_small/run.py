@@ -34,7 +34,6 @@ from subspan.training.finetune_config import (
 from subspan.training.tasks import VALID_NAMES, normal
 
 RESULTS = Path(__file__).with_name("results")
-OURS = "fira"  # the preset that stands for this library's own; scale as GaLore's
 SEARCH_SEED = 0
 EPOCHS, BATCH, MAX_LENGTH = 3, 16, 64
 
@@ -81,8 +80,8 @@ METHODS: dict[str, Method] = {
     "lora8": _lora(8),
     "galore4": _galore("galore", "GaLore", 4),
     "galore8": _galore("galore", "GaLore", 8),
-    "ours4": _galore(OURS, OURS.capitalize(), 4),
-    "ours8": _galore(OURS, OURS.capitalize(), 8),
+    "fira8": _galore("fira", "Fira", 8),
+    "subspan": Method("subspan", (3e-4, 1e-3, 3e-3), {"preset": "subspan"}),
 }
 
 

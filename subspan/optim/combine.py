@@ -4,31 +4,28 @@
     Fira        D = Q U + (A - Q R) diag(phi),                phi_j = ||U_j|| / ||R_j||
     Frugal      D = Q U + c sign(A - Q R)
     Apollo      D = A diag(phi) sqrt(r / d)                   one phi for all columns: APOLLO-Mini
-    Orthogonal  D = 0.2 max(d, k)^(1/2) ortho(A + Q (U - R))  ortho(X) = X (X^T X)^(-1/2), about
 
 A (..., d, k) is the oriented gradient, Q (..., d, r) the basis, R = Q^T A and U (..., r, k) the low-rank gradient and the rule's
 direction, X_j column j. The residual A - Q R is the true one, whatever `scale` is.
 
-A combine is a frozen dataclass of hyperparameters. It remembers no more than a number a parameter. `weights` says from norms of
-columns what each column is to be multiplied by, `direction` makes some columns of D; all of them, where `by_columns` is False.
+A combine is a frozen dataclass of hyperparameters. It remembers no more than a number a parameter, and never sees the whole of D:
+`weights` says from norms of columns what each column is to be multiplied by, `direction` makes some columns of D.
 
 References
     Fira        Chen et al., arXiv 2410.01623
     Frugal      Zmushko et al., arXiv 2411.07837
     Apollo      Zhu et al., arXiv 2412.05270
-    Orthogonal  ours: Muon (Jordan et al., 2024; the factor is Liu et al.'s, arXiv 2502.16982) with low-rank momentum
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from subspan.optim.orthogonal import orthogonalize
 from subspan.optim.projectors import project_back
 
 State = dict[str, Tensor]
@@ -42,8 +39,6 @@ _EPS = 1e-8
 
 class Combine(Protocol):
     """Norms of columns in, columns of D out."""
-
-    by_columns: ClassVar[bool]
 
     def init(self, device: torch.device) -> State:
         """The state of one parameter: 0-d tensors."""
@@ -71,8 +66,6 @@ class Fira:
     limit: the residual's part of D grows by no more than this factor from step to step (the norm-growth limiter); None: as it
         will. What it multiplies is the norm after limiting.
     """
-
-    by_columns: ClassVar[bool] = True
 
     limit: float | None = 1.01
 
@@ -102,8 +95,6 @@ class Frugal:
     coefficient: length of that step in every element, beside the rule's: 1 for pre-training, 0.1 for fine-tuning. The paper
         resets the moments at every refresh (`Refresh(moments="reset")`) and has no scale: use scale=1.
     """
-
-    by_columns: ClassVar[bool] = True
 
     coefficient: float = 1.0
 
@@ -136,8 +127,6 @@ class Apollo:
     the mean; hence the factor. Its sqrt(alpha) is `scale` here: 1, or sqrt(128) for Mini. Use projector=Random().
     """
 
-    by_columns: ClassVar[bool] = True
-
     by: Literal["channel", "tensor"] = "channel"
     limit: float | None = 1.01
 
@@ -161,32 +150,6 @@ class Apollo:
     def direction(self, Q: Tensor, A: Tensor, R: Tensor, U: Tensor, weights: Tensor | None) -> Tensor:
         assert weights is not None
         return A.to(weights.dtype) * weights.unsqueeze(-2)
-
-
-@dataclass(frozen=True)
-class Orthogonal:
-    """Muon whose momentum lives in the subspace: the gradient with what the subspace remembers of earlier ones, made orthogonal.
-
-    With rule=SGDMomentum(mu), U - R is mu times the momentum of the low-rank gradient (that of the last step, or with nesterov of
-    this one), so D is Muon's step but for momentum outside of the subspace, which is not there. At full rank it is Muon's. The
-    length is that of Adam's steps, whatever the gradient's: use scale=1.
-
-    D is made whole: some matrices of the gradient's size for as long as one weight is stepped, and 10 d^2 k multiplications.
-    """
-
-    by_columns: ClassVar[bool] = False
-
-    def init(self, device: torch.device) -> State:
-        return {}
-
-    def weights(
-        self, a: Tensor, r: Tensor, u: Tensor, shape: tuple[int, int], state: State, use: Tensor | None = None
-    ) -> None:
-        return None
-
-    def direction(self, Q: Tensor, A: Tensor, R: Tensor, U: Tensor, weights: Tensor | None) -> Tensor:
-        X = A.to(torch.promote_types(Q.dtype, torch.float32)) + project_back((U - R).to(Q.dtype), Q)
-        return orthogonalize(X).mul_(0.2 * math.sqrt(max(X.shape[-2:])))
 
 
 def _init(limit: float | None, device: torch.device) -> State:

@@ -23,8 +23,6 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from subspan.optim.orthogonal import orthogonalize
-
 State = dict[str, Tensor]
 
 
@@ -372,6 +370,20 @@ class ColumnNorm:
         """buf <- C buf."""
         if self.momentum:
             _turn(state["momentum_buffer"], C)
+
+
+def orthogonalize(X: Tensor) -> Tensor:
+    """U V^T of X = U S V^T (..., m, n), with singular values only near 1 (0.7 to 1.2, unless they are tiny beside the largest).
+
+    Newton and Schulz' iteration as in `Muon`, in X's dtype, no decomposition. A zero matrix stays zero.
+    """
+    m, n = X.shape[-2:]
+    X = X if m <= n else X.mT
+    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.775 * A + 2.0315 * A @ A) @ X
+    return X if m <= n else X.mT
 
 
 def _turn(moment: Tensor, C: Tensor) -> None:

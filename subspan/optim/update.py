@@ -127,17 +127,14 @@ def _combined(
     weights = combine.weights(a, r, u, (Q.shape[-2], Q.shape[-1]), state, use)
     finite = live.any()  # or zero
 
-    def columns(start: int, length: int) -> Tensor:
+    def lift(start: int, length: int) -> Tensor:
         G = A.narrow(-1, start, length)
         G = (G.view(WHOLE_NUMBERS[G.dtype]) * finite).view(G.dtype)
         G = G if factor is None else G.mul_(factor)
         w = None if weights is None else weights.narrow(-1, start, length)
         return combine.direction(Q, G, R.narrow(-1, start, length), U.narrow(-1, start, length), w)
 
-    if combine.by_columns:
-        return columns
-    D = columns(0, A.shape[-1])
-    return lambda start, length: D.narrow(-1, start, length)
+    return lift
 
 
 def _clean(R: Tensor, live: Tensor, factor: Tensor | None) -> Tensor:
