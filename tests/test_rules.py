@@ -147,7 +147,7 @@ def test_sign_sgd():
     assert state == {}
 
 
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 12, 20)])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 12, 20), (2, 2, 20, 12)])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_makes_momentum_nearly_orthogonal(shape, nesterov):
     gradients = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]

@@ -320,7 +320,7 @@ class Muon:
         state["momentum_buffer"].copy_(buf)
         X = torch.lerp(R, buf, self.momentum) if self.nesterov else buf.clone()
         m, n = X.shape[-2:]
-        return orthogonalize(X) * (0.2 * math.sqrt(max(m, n)) if self.match_adam else math.sqrt(max(1.0, m / n)))
+        return orthogonalize(X).mul_(0.2 * math.sqrt(max(m, n)) if self.match_adam else math.sqrt(max(1.0, m / n)))
 
     def transport(self, state: State, C: Tensor, step: int) -> None:
         """buf <- C buf."""
@@ -378,11 +378,14 @@ def orthogonalize(X: Tensor) -> Tensor:
     Newton and Schulz' iteration as in `Muon`, in X's dtype, no decomposition. A zero matrix stays zero.
     """
     m, n = X.shape[-2:]
+    if X.ndim > 3:
+        return orthogonalize(X.flatten(0, -3)).reshape(X.shape)
+    product = torch.addmm if X.ndim == 2 else torch.baddbmm  # with a sum: one matrix of X's size is made, not three
     X = X if m <= n else X.mT
     X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-7)
     for _ in range(5):
         A = X @ X.mT
-        X = 3.4445 * X + (-4.775 * A + 2.0315 * A @ A) @ X
+        X = product(X, product(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
     return X if m <= n else X.mT
 
 
