@@ -75,7 +75,7 @@ METHODS: dict[str, Method] = {
     "adafactor": Method(0.001, {"preset": "adafactor"}),
     "muon": Method(0.01, {"preset": "muon"}),
     "subspan": Method(0.01, {"preset": "subspan"}),
-    "muon, 8 bits": Method(0.01, {"preset": "muon", "state_dtype": "int8", "dense_state_dtype": "float32"}),
+    "subspan, 4 bits": Method(0.01, {"preset": "subspan", "state_dtype": "int4"}),
     "sign_sgd": Method(0.001, {"preset": "sign_sgd"}),
     "scale_sgd": Method(0.001, {"preset": "scale_sgd"}),
     "galore": Method(0.01, {"preset": "galore"}),

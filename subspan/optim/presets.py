@@ -147,13 +147,14 @@ def muon(params: Iterable[Any], lr: float = 2e-2, **kwargs: Any) -> ProjectedOpt
 
 
 def subspan(params: Iterable[Any], lr: float = 1e-2, **kwargs: Any) -> ProjectedOptimizer:
-    """Ours: Muon with its momentum in 4 bits for the matrices of `param_groups(rank=None)`, AdamW in fp32 for the rest.
+    """Ours: Muon with its momentum in 8 bits for the matrices of `param_groups(rank=None)`, AdamW in fp32 for the rest.
 
-    Half a byte a value of a matrix: a sixth of GaLore's state in fp32 at a quarter of the rank, half of 8-bit GaLore's. A step
-    takes about 30 m^2 n operations for a matrix (m, n) with m <= n, where a batch of t tokens takes 6 m n t: see
-    docs/choosing.md for when that is too much. dense_state_dtype=torch.int8 saves more where the rate of embeddings is small.
+    A byte a value of a matrix: a third of GaLore's fp32 state at a quarter of the rank. state_dtype=torch.int4 halves it and
+    gives away half of what Muon gains; dense_state_dtype=torch.int8 harms where embeddings have a high rate (docs/LOG.md).
+    A step takes up to 30 m^2 n operations for a matrix (m, n) with m <= n, where a batch of t tokens takes 6 m n t: see
+    docs/choosing.md for when that is too much.
     """
-    own = {"dense_rule": Adam(), "state_dtype": torch.int4, "dense_state_dtype": torch.float32}  # type: ignore[attr-defined]
+    own = {"dense_rule": Adam(), "state_dtype": torch.int8, "dense_state_dtype": torch.float32}
     return ProjectedOptimizer(params, lr, rule=Muon(), **{**own, **kwargs})
 
 

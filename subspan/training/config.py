@@ -168,7 +168,7 @@ class OptimConfig:
     preset: Preset = "galore"
     """galore: Adam in the subspace, galore8bit: its moments in 8 bits, qgalore: weights in 8 and basis in 4 bits too, paper:
     exactly the reference, galore_adafactor, galore_lion, galore_sgd; fira, frugal, apollo, apollo_mini: the rest of the
-    gradient takes part too; adamw, adamw8bit, adafactor, muon, subspan (muon in 4 bits), sign_sgd, scale_sgd: full rank"""
+    gradient takes part too; adamw, adamw8bit, adafactor, muon, subspan (muon in 8 bits), sign_sgd, scale_sgd: full rank"""
     lr: float = 0.01
     """peak learning rate"""
     dense_lr: float | None = None
