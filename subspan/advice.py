@@ -26,6 +26,7 @@ _GALORE = (
     Start(6.7e9, 0.005, 0.005, "arXiv 2403.03507, 7B", 500),
 )
 _ADAMW = (Start(1.7e6, 0.003, 0.1, _GRID), Start(8.4e6, 0.0005, 0.01, _FIRST))
+_MUON = (Start(1.7e6, 0.01, 0.1, _GRID),)
 STARTS: dict[str, tuple[Start, ...]] = {
     "galore": _GALORE,
     "galore8bit": _GALORE,
@@ -34,7 +35,8 @@ STARTS: dict[str, tuple[Start, ...]] = {
     "adamw": _ADAMW,
     "adamw8bit": _ADAMW,
     "fira": (Start(1.7e6, 0.01, 0.1, _GRID, 100),),
-    "muon": (Start(1.7e6, 0.01, 0.1, _GRID),),
+    "muon": _MUON,
+    "subspan": _MUON,
 }
 """By preset. Nothing is said of presets that are not listed: their rates have not been searched."""
 
