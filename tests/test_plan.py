@@ -407,7 +407,8 @@ def test_json_in_both_spellings(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_budget_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*SMALL, "--budget", "90MiB", "--preset", "galore8bit", "--rank", "32", "--micro-batch", "4"]
     assert run(*words) == 0
-    lines = capsys.readouterr().out.splitlines()[2:]
+    *lines, start = capsys.readouterr().out.splitlines()[2:]
+    assert start.startswith("  start with            lr ")
     assert ["galore8bit, rank 32 (std), gradients project, micro-batch 4 " in line for line in lines] == [True]
     assert run(*words, "--json") == 0
     fits = json.loads(capsys.readouterr().out)["fits"]
