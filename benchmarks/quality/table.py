@@ -59,13 +59,16 @@ def draw(results: list[dict[str, Any]]) -> None:
     figure, (curves, state) = plt.subplots(1, 2, figsize=(13, 5))
     for name in METHODS:
         if runs := of(results, name, LONG):
-            points = [[tokens / 1e6, loss] for tokens, loss in runs[0]["loss"]]
-            curves.plot(*zip(*points, strict=True), linewidth=0.8, label=name)
+            points = runs[0]["loss"]
+            means = [
+                [mean(column) for column in zip(*points[i : i + 20], strict=True)] for i in range(0, len(points), 20)
+            ]
+            curves.plot([tokens / 1e6 for tokens, _ in means], [loss for _, loss in means], linewidth=0.8, label=name)
             losses, size = [run["valid_loss"] for run in runs], runs[0]["state_bytes"] / 2**20
             spread = stdev(losses) if len(losses) > 1 else 0
             state.errorbar(size, mean(losses), yerr=spread, fmt="o", markersize=4)
             state.annotate(name, (size, mean(losses)), fontsize=7, xytext=(4, 3), textcoords="offset points")
-    curves.set(xlabel="million tokens", ylabel="training loss", xscale="log")
+    curves.set(xlabel="million tokens", ylabel="training loss, mean over 200 steps")
     curves.legend(fontsize=6)
     state.set(xlabel="optimizer state, MiB", ylabel="validation loss")
     figure.tight_layout()
