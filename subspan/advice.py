@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Start:
-    """What won for a model of so many parameters. lr: of matrices. source: who says so."""
+    """Rates that a model of so many parameters trained with. lr: of matrices. source: who says so, and whether they won a search."""
 
     parameters: float
     lr: float
@@ -17,39 +17,39 @@ class Start:
     update_proj_gap: int | None = None
 
 
-_GRID, _FIRST = "benchmarks/quality", "reproductions/first_run"
+_GRID, _FIRST = "best of a search, benchmarks/quality", "best of a search, reproductions/first_run"
+_TRIED = "good, but not searched, benchmarks/quality"
 _GALORE = (
-    Start(1.7e6, 0.01, 0.1, _GRID, 100),
     Start(8.4e6, 0.003, 0.01, _FIRST, 100),
     Start(58e6, 0.01, 0.01, "arXiv 2403.03507, 60M to 1B", 200),
     Start(1.34e9, 0.01, 0.01, "arXiv 2403.03507, 60M to 1B", 200),
     Start(6.7e9, 0.005, 0.005, "arXiv 2403.03507, 7B", 500),
 )
-_ADAMW = (Start(1.7e6, 0.003, 0.1, _GRID), Start(8.4e6, 0.0005, 0.01, _FIRST))
-_MUON = (Start(1.7e6, 0.01, 0.1, _GRID),)
+_ADAMW = (Start(8.4e6, 0.0005, 0.01, _FIRST),)
+_MUON = (Start(1.7e6, 0.01, 0.1, _TRIED),)
 STARTS: dict[str, tuple[Start, ...]] = {
-    "galore": _GALORE,
+    "galore": (Start(1.7e6, 0.01, 0.1, _TRIED, 100), *_GALORE),
     "galore8bit": _GALORE,
     "qgalore": _GALORE,
     "paper": _GALORE,
-    "adamw": _ADAMW,
+    "adamw": (Start(1.7e6, 0.003, 0.1, _GRID), *_ADAMW),
     "adamw8bit": _ADAMW,
-    "fira": (Start(1.7e6, 0.01, 0.1, _GRID, 100),),
+    "fira": (Start(1.7e6, 0.01, 0.1, _TRIED, 100),),
     "muon": _MUON,
     "subspan": _MUON,
 }
-"""By preset. Nothing is said of presets that are not listed: their rates have not been searched."""
+"""By preset. Nothing is said of presets that are not listed: no run of theirs has been measured."""
 
 
 def advise(preset: str, parameters: int) -> str:
     """The entry of `STARTS` of the nearest size, in words."""
     starts = STARTS.get(preset)
     if starts is None:
-        return f"no rates of {preset} have been searched yet: see docs/choosing.md for how"
+        return f"no rates of {preset} have been measured yet: see docs/choosing.md for how to search"
     start = min(starts, key=lambda s: abs(math.log(s.parameters / parameters)))
     gap = "" if start.update_proj_gap is None else f", update_proj_gap {start.update_proj_gap}"
     size = f"{start.parameters / 1e9:g} B" if start.parameters >= 1e9 else f"{start.parameters / 1e6:g} M"
     return (
-        f"lr {start.lr:g}, dense_lr {start.dense_lr:g}{gap}: what won at {size} parameters ({start.source}); "
+        f"lr {start.lr:g}, dense_lr {start.dense_lr:g}{gap}: at {size} parameters ({start.source}); "
         "search both rates again (docs/choosing.md)"
     )

@@ -14,11 +14,11 @@ from subspan.training.config import Preset
 @pytest.mark.parametrize(
     ("preset", "parameters", "said"),
     [
-        ("galore", 1_000_000, "lr 0.01, dense_lr 0.1, update_proj_gap 100: what won at 1.7 M"),
-        ("galore", 130_000_000, "lr 0.01, dense_lr 0.01, update_proj_gap 200: what won at 58 M"),
-        ("galore8bit", 13_000_000_000, "lr 0.005, dense_lr 0.005, update_proj_gap 500: what won at 6.7 B"),
-        ("adamw", 20_000_000, "lr 0.0005, dense_lr 0.01: what won at 8.4 M"),
-        ("galore_lion", 1, "no rates of galore_lion have been searched yet"),
+        ("galore", 1_000_000, "lr 0.01, dense_lr 0.1, update_proj_gap 100: at 1.7 M"),
+        ("galore", 130_000_000, "lr 0.01, dense_lr 0.01, update_proj_gap 200: at 58 M"),
+        ("galore8bit", 13_000_000_000, "lr 0.005, dense_lr 0.005, update_proj_gap 500: at 6.7 B"),
+        ("adamw", 20_000_000, "lr 0.0005, dense_lr 0.01: at 8.4 M"),
+        ("galore_lion", 1, "no rates of galore_lion have been measured yet"),
     ],
 )
 def test_the_nearest_size_is_named(preset, parameters, said):
