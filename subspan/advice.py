@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Start:
-    """Rates that a model of so many parameters trained with. lr: of matrices. source: who says so, and whether they won a search."""
+    """Rates that trained a model of so many parameters. lr: of matrices. source: who says so, and whether they were searched."""
 
     parameters: float
     lr: float
