@@ -76,6 +76,7 @@ METHODS: dict[str, Method] = {
     "muon": Method(0.01, {"preset": "muon"}),
     "subspan": Method(0.01, {"preset": "subspan"}),
     "subspan, 4 bits": Method(0.01, {"preset": "subspan", "state_dtype": "int4"}),
+    "subspan, dense in 8 bits": Method(0.01, {"preset": "subspan", "dense_state_dtype": "int8"}),
     "sign_sgd": Method(0.001, {"preset": "sign_sgd"}),
     "scale_sgd": Method(0.001, {"preset": "scale_sgd"}),
     "galore": Method(0.01, {"preset": "galore"}),

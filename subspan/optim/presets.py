@@ -150,7 +150,7 @@ def subspan(params: Iterable[Any], lr: float = 1e-2, **kwargs: Any) -> Projected
     """Ours: Muon with its momentum in 8 bits for the matrices of `param_groups(rank=None)`, AdamW in fp32 for the rest.
 
     A byte a value of a matrix: a third of GaLore's fp32 state at a quarter of the rank. state_dtype=torch.int4 halves it and
-    gives most of Muon's gain away; dense_state_dtype=torch.int8 harms where embeddings have a high rate (docs/LOG.md).
+    gives most of Muon's gain away; dense_state_dtype=torch.int8 saves more, at no cost in short runs (benchmarks/quality).
     A step takes up to 30 m^2 n operations for a matrix (m, n) with m <= n, where a batch of t tokens takes 6 m n t: see
     docs/choosing.md for when that is too much.
     """
