@@ -18,8 +18,7 @@ import dataclasses
 import functools
 import glob
 import json
-import multiprocessing
-import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,9 @@ from subspan.memory import count_memory
 from subspan.optim.groups import param_groups
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from subspan.training.trainer import build_optimizer, train
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from once import once
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -136,8 +138,8 @@ def configure(
     )
 
 
-def one_run(name: str, config: TrainConfig, queue: Any) -> None:
-    """Train in this process and put a small result into `queue`."""
+def one_run(name: str, config: TrainConfig) -> dict[str, Any]:
+    """Train, and make a small result of it."""
     method, made = METHODS[name], []
 
     def builder(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -160,18 +162,16 @@ def one_run(name: str, config: TrainConfig, queue: Any) -> None:
     summary = train(config, builder)
     kept = ("valid_loss", "perplexity", "tokens", "seconds", "peak_memory_bytes", "versions")
     curve = [json.loads(line) for line in (Path(config.run.out) / "metrics.jsonl").read_text().splitlines()]
-    queue.put(
-        {
-            "method": name,
-            "lr": config.optim.lr,
-            "dense_lr": config.optim.dense_lr,
-            "steps": config.run.steps,
-            "seed": config.run.seed,
-            "state_bytes": count_memory(*made).optimizer + _hidden_bytes(made[1]),
-            "loss": [[line["tokens"], line["loss"]] for line in curve if "loss" in line][::10],
-            **{key: summary[key] for key in kept},
-        }
-    )
+    return {
+        "method": name,
+        "lr": config.optim.lr,
+        "dense_lr": config.optim.dense_lr,
+        "steps": config.run.steps,
+        "seed": config.run.seed,
+        "state_bytes": count_memory(*made).optimizer + _hidden_bytes(made[1]),
+        "loss": [[line["tokens"], line["loss"]] for line in curve if "loss" in line][::10],
+        **{key: summary[key] for key in kept},
+    }
 
 
 def _hidden_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -185,30 +185,14 @@ def result_of(name: str, config: TrainConfig) -> dict[str, Any]:
     """The result of a run: from its file, or by a run in a process of its own."""
     key = f"{name} {config.optim.lr:g} {config.optim.dense_lr:g} {config.run.steps} {config.run.seed}".replace(" ", "_")
     file = RESULTS / config.model.name / f"{key}.json"
-    if not file.exists():
-        shutil.rmtree(config.run.out, ignore_errors=True)  # left by an interrupted run
-        context = multiprocessing.get_context("spawn")
-        queue = context.Queue()
-        process = context.Process(target=one_run, args=(name, config, queue))
-        process.start()
-        while process.is_alive() and queue.empty():
-            process.join(1)
-        if queue.empty():
-            raise RuntimeError(f"run {key!r} died, see above")
-        result = queue.get()
-        process.join()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
-    result = json.loads(file.read_text())
-    print(f"== {key}: loss {result['valid_loss']:.4f}", flush=True)
-    return dict(result)
+    return once(file, config.run.out, one_run, name, config)
 
 
-def search(name: str, start: Callable[..., TrainConfig]) -> tuple[float, float]:
-    """The pair of rates that is better than its four neighbours."""
+def search(name: str, start: Callable[..., TrainConfig], steps: int = SHORT) -> tuple[float, float]:
+    """The pair of rates that is better than its four neighbours, in runs of `steps`."""
 
     def loss(pair: tuple[float, float]) -> float:
-        return float(result_of(name, start(*pair, SHORT))["valid_loss"])
+        return float(result_of(name, start(*pair, steps))["valid_loss"])
 
     best, found = None, (METHODS[name].rate, DENSE_RATE)
     while found != best:

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import functools
 import glob
-import json
-import multiprocessing
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +20,9 @@ from typing import Any
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from subspan.training.trainer import train
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
+from once import once
 from run import beside
 
 RESULTS = Path(__file__).with_name("results")
@@ -64,32 +63,17 @@ def configure(
     )
 
 
-def one_run(config: TrainConfig, queue: Any) -> None:
+def one_run(name: str, config: TrainConfig) -> dict[str, Any]:
     summary = train(config)
     kept = ("valid_loss", "perplexity", "tokens", "seconds", "bytes", "peak_memory_bytes", "device", "versions")
-    queue.put({key: summary[key] for key in kept})
+    about = {"method": name, "lr": config.optim.lr, "steps": config.run.steps}
+    return {**about, **{key: summary[key] for key in kept}}
 
 
 def result_of(name: str, config: TrainConfig) -> dict[str, Any]:
-    """The result of a run: from its file, or by a run in a process of its own, so that peaks do not add up."""
+    """The result of a run: from its file, or by a run in a process of its own."""
     file = RESULTS / f"{name}_{config.optim.lr:g}_{config.run.steps}_{config.run.seed}.json"
-    if not file.exists():
-        shutil.rmtree(config.run.out, ignore_errors=True)  # left by an interrupted run
-        context = multiprocessing.get_context("spawn")
-        queue = context.Queue()
-        process = context.Process(target=one_run, args=(config, queue))
-        process.start()
-        while process.is_alive() and queue.empty():
-            process.join(1)
-        if queue.empty():
-            raise RuntimeError(f"run {file.stem} died, see above")
-        result = {"method": name, "lr": config.optim.lr, "steps": config.run.steps, **queue.get()}
-        process.join()
-        RESULTS.mkdir(exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
-    result = json.loads(file.read_text())
-    print(f"== {file.stem}: loss {result['valid_loss']:.4f}", flush=True)
-    return dict(result)
+    return once(file, config.run.out, one_run, name, config)
 
 
 def search(name: str, start: Callable[..., TrainConfig]) -> float:

@@ -18,10 +18,8 @@ import dataclasses
 import glob
 import itertools
 import json
-import multiprocessing
-import shutil
 import statistics
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,9 @@ from subspan.training.config import TrainConfig, load_config
 from subspan.training.data import make_loader
 from subspan.training.text import load_data
 from subspan.training.trainer import build_optimizer, train
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from once import once
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -231,33 +232,6 @@ def probe_run(config: TrainConfig, probes: tuple[int, ...], fresh: int) -> dict[
 # ---------------------------------------------------------------------------------------------------------- all
 
 
-def _in_process(run: Callable[..., dict[str, Any]], queue: Any, args: tuple[Any, ...]) -> None:
-    queue.put(run(*args))
-
-
-def result_of(key: str, out: Path, run: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """The result of a run: from its file, or by a run in a process of its own."""
-    file = RESULTS / f"{key}.json"
-    if not file.exists():
-        shutil.rmtree(out, ignore_errors=True)  # left by an interrupted run
-        context = multiprocessing.get_context("spawn")
-        queue = context.Queue()
-        process = context.Process(target=_in_process, args=(run, queue, args))
-        process.start()
-        while process.is_alive() and queue.empty():
-            process.join(1)
-        if queue.empty():
-            raise RuntimeError(f"run {key!r} died, see above")
-        result = queue.get()
-        process.join()
-        RESULTS.mkdir(exist_ok=True)
-        text = json.dumps(result)  # a line for every row of its table
-        file.write_text(text.replace("[{", "[\n{").replace("}, {", "},\n{").replace("}]", "}\n]") + "\n")
-    result = json.loads(file.read_text())
-    print(f"== {key}: validation loss {result['valid_loss']:.4f}", flush=True)
-    return dict(result)
-
-
 def main(
     train: str,
     valid: str,
@@ -289,13 +263,13 @@ def main(
         folder = Path(out) / part
         optim = ROWS.get(part, {"update_proj_gap": GAP})
         config = configure(files, valid, folder, steps, lr, dense_lr, seed, optim)
-        key = f"{part}_{lr:g}_{dense_lr:g}_{steps}_{seed}"
+        file = RESULTS / f"{part}_{lr:g}_{dense_lr:g}_{steps}_{seed}.json"
         if part == "probes":
             probes = tuple(step for step in PROBES if step <= steps)
             config.run.diagnostics = False
-            result_of(key, folder, probe_run, config, probes, FRESH)
+            once(file, folder, probe_run, config, probes, FRESH)
         else:
-            result_of(key, folder, row_run, part, config)
+            once(file, folder, row_run, part, config)
 
 
 if __name__ == "__main__":

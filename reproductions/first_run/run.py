@@ -13,9 +13,7 @@ writes the table from these files.
 from __future__ import annotations
 
 import glob
-import json
-import multiprocessing
-import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,9 @@ from subspan.memory import count_memory
 from subspan.optim.groups import param_groups
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from subspan.training.trainer import build_optimizer, train
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from once import once
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -126,8 +127,8 @@ def configure(
     )
 
 
-def one_run(method: str, config: TrainConfig, full_validation: bool, queue: Any) -> None:
-    """Train in this process and put a small result into `queue`."""
+def one_run(method: str, config: TrainConfig, full_validation: bool) -> dict[str, Any]:
+    """Train, and make a small result of it."""
     made: list[Any] = []
     svd_seconds = time_reference_refreshes() if method == "galore_torch" else []
 
@@ -144,25 +145,23 @@ def one_run(method: str, config: TrainConfig, full_validation: bool, queue: Any)
         s["projector"].ortho_matrix for s in optimizer.state.values() if "projector" in s
     ]  # galore_torch hides them
     refresh = sum(svd_seconds) if method == "galore_torch" else summary["refresh_seconds"] or 0.0
-    queue.put(
-        {
-            "method": method,
-            "lr": config.optim.lr,
-            "dense_lr": config.optim.dense_lr,
-            "steps": config.run.steps,
-            "seed": config.run.seed,
-            "autocast": config.run.autocast,
-            "valid_loss": summary["valid_loss"],
-            "perplexity": summary["perplexity"],
-            "valid_tokens": summary["valid_tokens"],
-            "tokens": summary["tokens"],
-            "seconds": summary["seconds"],
-            "refresh_seconds": refresh,
-            "optimizer_bytes": count_memory(model, optimizer).optimizer + sum(4 * b.numel() for b in bases),
-            "corpus_sha256": summary["corpus"]["sha256"],
-            "versions": summary["versions"],
-        }
-    )
+    return {
+        "method": method,
+        "lr": config.optim.lr,
+        "dense_lr": config.optim.dense_lr,
+        "steps": config.run.steps,
+        "seed": config.run.seed,
+        "autocast": config.run.autocast,
+        "valid_loss": summary["valid_loss"],
+        "perplexity": summary["perplexity"],
+        "valid_tokens": summary["valid_tokens"],
+        "tokens": summary["tokens"],
+        "seconds": summary["seconds"],
+        "refresh_seconds": refresh,
+        "optimizer_bytes": count_memory(model, optimizer).optimizer + sum(4 * b.numel() for b in bases),
+        "corpus_sha256": summary["corpus"]["sha256"],
+        "versions": summary["versions"],
+    }
 
 
 def run_once(
@@ -178,25 +177,9 @@ def run_once(
 ) -> dict[str, Any]:
     """The result named `key`: from its file, or by a run in a process of its own."""
     file = RESULTS / f"{key.replace(' ', '_')}.json"
-    if not file.exists():
-        folder = out / key.replace(" ", "_")
-        shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
-        config = configure(method, lr, dense_lr, steps, files, valid, 0 if steps == SHORT else 1, folder, autocast)
-        context = multiprocessing.get_context("spawn")
-        queue = context.Queue()
-        process = context.Process(target=one_run, args=(method, config, steps == LONG, queue))
-        process.start()
-        while process.is_alive() and queue.empty():
-            process.join(1)
-        if queue.empty():
-            raise RuntimeError(f"run {key!r} died, see above")
-        result = queue.get()
-        process.join()
-        RESULTS.mkdir(exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
-    result = json.loads(file.read_text())
-    print(f"== {key}: loss {result['valid_loss']:.4f}", flush=True)
-    return result
+    folder = out / file.stem
+    config = configure(method, lr, dense_lr, steps, files, valid, 0 if steps == SHORT else 1, folder, autocast)
+    return once(file, folder, one_run, method, config, steps == LONG)
 
 
 def search(method: str, files: list[str], out: Path, autocast: bool) -> tuple[float, float]:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import json
-import multiprocessing
-import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,9 @@ from torch import nn
 
 from subspan.training.config import TrainConfig, load_config
 from subspan.training.trainer import build_optimizer, train
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from once import once
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -64,7 +65,7 @@ def configure(row: str, train_files: list[str], valid: str, out: Path) -> TrainC
     return dataclasses.replace(config, **sections)
 
 
-def one_run(row: str, config: TrainConfig, queue: Any) -> None:
+def one_run(row: str, config: TrainConfig) -> dict[str, Any]:
     def builder(model: nn.Module, config: TrainConfig) -> Any:
         model.compile()  # in place: about a fifth faster on a CPU, for every row alike
         return build_optimizer(model, config)
@@ -81,7 +82,7 @@ def one_run(row: str, config: TrainConfig, queue: Any) -> None:
         "bytes",
         "versions",
     )
-    queue.put({"row": row, **{key: summary[key] for key in kept}, "corpus_sha256": summary["corpus"]["sha256"]})
+    return {"row": row, **{key: summary[key] for key in kept}, "corpus_sha256": summary["corpus"]["sha256"]}
 
 
 def main(train: str, valid: str, out: str = "runs/low_bits", rows: list[str] | None = None) -> None:
@@ -97,24 +98,8 @@ def main(train: str, valid: str, out: str = "runs/low_bits", rows: list[str] | N
     if not files:
         raise SystemExit(f"train={train!r} matches no file")
     for row in rows or ROWS:
-        file = RESULTS / f"{row}.json"
-        if not file.exists():
-            folder = Path(out) / row
-            shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
-            context = multiprocessing.get_context("spawn")
-            queue = context.Queue()
-            process = context.Process(
-                target=one_run, args=(row, configure(row, files, valid, folder), queue), daemon=True
-            )
-            process.start()
-            while process.is_alive() and queue.empty():
-                process.join(1)
-            if queue.empty():
-                raise RuntimeError(f"row {row!r} died, see above")
-            RESULTS.mkdir(exist_ok=True)
-            file.write_text(json.dumps(queue.get(), indent=1) + "\n")
-            process.join()
-        print(f"== {row}: loss {json.loads(file.read_text())['valid_loss']:.4f}", flush=True)
+        folder = Path(out) / row
+        once(RESULTS / f"{row}.json", folder, one_run, row, configure(row, files, valid, folder))
 
 
 if __name__ == "__main__":

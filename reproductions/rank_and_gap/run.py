@@ -17,15 +17,17 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
-import multiprocessing
-import shutil
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from subspan.training.config import TrainConfig, load_config
 from subspan.training.trainer import train
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from once import once
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -75,21 +77,19 @@ def configure(
     return dataclasses.replace(config, **sections)
 
 
-def one_run(cell: str, config: TrainConfig, queue: Any) -> None:
-    """Train in this process and put a small result into `queue`."""
+def one_run(cell: str, config: TrainConfig) -> dict[str, Any]:
+    """Train, and make a small result of it."""
     summary = train(config)
     kept = ("valid_loss", "tokens", "seconds", "refresh_seconds", "versions")
-    queue.put(
-        {
-            "cell": cell,
-            "lr": config.optim.lr,
-            "dense_lr": config.optim.dense_lr,
-            "steps": config.run.steps,
-            "seed": config.run.seed,
-            "state_bytes": summary["bytes"]["basis"] + summary["bytes"]["moments"],
-            **{key: summary[key] for key in kept},
-        }
-    )
+    return {
+        "cell": cell,
+        "lr": config.optim.lr,
+        "dense_lr": config.optim.dense_lr,
+        "steps": config.run.steps,
+        "seed": config.run.seed,
+        "state_bytes": summary["bytes"]["basis"] + summary["bytes"]["moments"],
+        **{key: summary[key] for key in kept},
+    }
 
 
 def file_of(cell: str, lr: float, steps: int, seed: int) -> Path:
@@ -99,23 +99,7 @@ def file_of(cell: str, lr: float, steps: int, seed: int) -> Path:
 def result_of(cell: str, config: TrainConfig) -> dict[str, Any]:
     """The result of a run: from its file, or by a run in a process of its own."""
     file = file_of(cell, config.optim.lr, config.run.steps, config.run.seed)
-    if not file.exists():
-        shutil.rmtree(config.run.out, ignore_errors=True)  # left by an interrupted run
-        context = multiprocessing.get_context("spawn")
-        queue = context.Queue()
-        process = context.Process(target=one_run, args=(cell, config, queue))
-        process.start()
-        while process.is_alive() and queue.empty():
-            process.join(1)
-        if queue.empty():
-            raise RuntimeError(f"run {file.stem!r} died, see above")
-        result = queue.get()
-        process.join()
-        RESULTS.mkdir(exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
-    result = json.loads(file.read_text())
-    print(f"== {file.stem}: loss {result['valid_loss']:.4f}", flush=True)
-    return dict(result)
+    return once(file, config.run.out, one_run, cell, config)
 
 
 def search(first: tuple[float, ...], loss: Callable[[float], float]) -> float:

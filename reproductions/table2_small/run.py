@@ -16,10 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 
-from run import LONG, METHODS, configure, result_of, search
+from run import METHODS, configure, result_of, search
 
 ROWS = ("adamw", "galore", "factorized", "lora", "relora", "subspan")
-SIZES = ("llama-9m", "llama-25m")
+SHORT = 200  # steps of a run of the search
+SIZES = {"llama-9m": 2000, "llama-25m": 1000}  # steps of a long run: 2 M and 1 M tokens
 
 
 def main(
@@ -46,9 +47,9 @@ def main(
     for size in sizes or SIZES:
         for name in methods or ROWS:
             start = functools.partial(configure, METHODS[name], out=Path(out) / name)
-            short = functools.partial(start, SIZES[0], seed=0, files=files[:-1], valid=files[-1], eval_sequences=256)
-            lr, dense_lr = search(name, short)
-            result_of(name, start(size, lr, dense_lr, LONG, seed, files, valid, eval_sequences=1024))
+            short = functools.partial(start, "llama-9m", seed=0, files=files[:-1], valid=files[-1], eval_sequences=256)
+            lr, dense_lr = search(name, short, SHORT)
+            result_of(name, start(size, lr, dense_lr, SIZES[size], seed, files, valid, eval_sequences=1024))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import math
 import re
 from pathlib import Path
 
-from run import LONG, ROWS, SIZES
+from run import ROWS, SIZES
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "quality" / "results"
@@ -27,8 +27,8 @@ def main() -> None:
     ]
     for name in ROWS:
         rates, cells = "-", []
-        for size in SIZES:
-            found = [json.loads(file.read_text()) for file in sorted((RESULTS / size).glob(f"{name}_*_{LONG}_*.json"))]
+        for size, steps in SIZES.items():
+            found = [json.loads(file.read_text()) for file in sorted((RESULTS / size).glob(f"{name}_*_{steps}_*.json"))]
             if not found:
                 cells.append("not run | - | -")
                 continue
