@@ -55,6 +55,7 @@ class Method:
     optim: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     build: Callable[[list[dict[str, Any]], float], torch.optim.Optimizer] | None = None
+    like: str = ""  # a row that takes the same steps: its rates are taken over, without a search
 
 
 def _package(module: str, name: str, renamed: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -93,12 +94,14 @@ METHODS: dict[str, Method] = {
     "lora": Method(0.003, {"preset": "adamw"}, {"baseline": "lora"}),
     "relora": Method(0.003, {"preset": "adamw"}, {"baseline": "relora", "merge_every": 150}),
     "factorized": Method(0.003, {"preset": "adamw"}, {"baseline": "factorized"}),
-    "galore_torch 1.0": Method(0.003, build=_package("galore_torch", "GaLoreAdamW", no_deprecation_warning=True)),
+    "galore_torch 1.0": Method(
+        0.01, build=_package("galore_torch", "GaLoreAdamW", no_deprecation_warning=True), like="galore"
+    ),
     "fira 1.0 (package)": Method(
-        0.003, build=_package("fira", "FiraAdamW", {"alpha": 0.25}, no_deprecation_warning=True)
+        0.01, build=_package("fira", "FiraAdamW", {"alpha": 0.25}, no_deprecation_warning=True)
     ),
     "ldadam (ours)": Method(0.001, build=LDAdam),
-    "apollo_torch 1.0": Method(0.003, build=_package("apollo_torch", "APOLLOAdamW", _APOLLO)),
+    "apollo_torch 1.0": Method(0.01, build=_package("apollo_torch", "APOLLOAdamW", _APOLLO)),
 }
 
 
@@ -243,8 +246,9 @@ def main(
             raise SystemExit(f"methods: {name!r} is unknown, use some of {', '.join(METHODS)}")
         folder = Path(out) / model / name.replace(" ", "_")
         start = functools.partial(configure, METHODS[name], model, out=folder)
-        short = functools.partial(start, seed=0, files=files[:-1], valid=files[-1], eval_sequences=256)
-        lr, dense_lr = search(name, short)
+        searched = METHODS[name].like or name
+        short = functools.partial(configure, METHODS[searched], model, out=folder, seed=0, files=files[:-1])
+        lr, dense_lr = search(searched, functools.partial(short, valid=files[-1], eval_sequences=256))
         for seed in [] if search_only else seeds or SEEDS:
             result_of(name, start(lr, dense_lr, LONG, seed, files, valid, eval_sequences=1024))
 
