@@ -11,7 +11,6 @@ long run. Every run leaves results/KEY.json; what is there is not run again.
 from __future__ import annotations
 
 import functools
-import glob
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +20,7 @@ from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunCon
 from subspan.training.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
-from once import once
-from run import beside
+from grid import beside, once, training_files, walk
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -80,11 +77,7 @@ def search(name: str, start: Callable[..., TrainConfig]) -> float:
     def loss(lr: float) -> float:
         return float(result_of(name, start(lr, SHORT))["valid_loss"])
 
-    best, found = 0.0, METHODS[name][0]
-    while found != best:
-        best = found
-        found = min([best, *beside(best)], key=loss)
-    return best
+    return walk(METHODS[name][0], beside, loss)
 
 
 def main(
@@ -99,9 +92,7 @@ def main(
         out: folder for the run folders
         methods: some of the methods; none: all
     """
-    files = sorted(glob.glob(train))
-    if len(files) < 2:
-        raise SystemExit(f"train={train!r} matches {len(files)} files: at least two are needed, one is held out")
+    files = training_files(train)
     for name in methods or METHODS:
         start = functools.partial(configure, name, folder=folder, out=out)
         lr = search(name, functools.partial(start, seed=0, files=files[:-1], valid=files[-1]))

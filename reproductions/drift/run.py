@@ -2,8 +2,8 @@
 
     python reproductions/drift/run.py 'TEXT/train/*.txt' TEXT/valid.txt
 
-1. Rows: recipes/cpu_2m.yaml with GaLore at several T, with bases that are kept, and with random ones; `run.diagnostics` writes
-   what every refresh finds.
+1. Rows: model and setting of benchmarks/quality with GaLore at several T, with bases that are kept, and with random ones;
+   `run.diagnostics` writes what every refresh finds.
 2. Probes: one run at T = 100, in which training halts at PROBES and takes the gradients of 16 fresh batches at the weights of
    that step. A basis comes from one batch, so part of the angle between two successive bases is the noise of two batches: bases
    of two batches at one and the same step say how much.
@@ -15,6 +15,7 @@ and two processes may share the parts (--parts). `table.py` makes tables and a f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import itertools
 import json
@@ -29,20 +30,21 @@ from torch import Tensor, nn
 from subspan.optim.groups import default_targets
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.projectors import SVD, captured_energy, orient, overlap, pick_side, random_basis
-from subspan.training.config import TrainConfig, load_config
+from subspan.training.config import TrainConfig
 from subspan.training.data import make_loader
 from subspan.training.text import load_data
-from subspan.training.trainer import build_optimizer, train
+from subspan.training.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from once import once
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
+from grid import once
+from run import DENSE_RATE, GAP, Method, compiled, configure
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-RECIPE = HERE.parents[1] / "recipes" / "cpu_2m.yaml"
 
+RATE = 0.01  # of matrices, GaLore's best there
 NEVER = 10**9  # T of a basis that is kept
-GAP = 100  # T of the run that is probed, and of the one whose bases are kept later on
 ROWS: dict[
     str, dict[str, Any]
 ] = {  # settings of the optimizer; a name says what is done; kept_101: refreshed at steps 1 and 101 alone
@@ -64,31 +66,6 @@ PROBES = (100, 125, 150, 200, 300, 500, 525, 550, 600, 700)  # steps; lags 25, 5
 FRESH = 16  # batches of a probe: two halves, A and B
 
 
-def configure(
-    files: list[str], valid: str, out: Path, steps: int, lr: float, dense_lr: float, seed: int, optim: dict[str, Any]
-) -> TrainConfig:
-    config = load_config(RECIPE)
-    changes: dict[str, dict[str, Any]] = {
-        "data": {"files": files, "valid_files": valid},
-        # With whole gradients held, every first basis comes from the gradient of step 1.
-        "optim": {"lr": lr, "dense_lr": dense_lr, "gradients": "hold", **optim},
-        "run": {
-            "out": str(out),
-            "steps": steps,
-            "warmup_steps": steps // 10,
-            "eval_every": 0,
-            "eval_sequences": 1024,
-            "checkpoint_every": 0,
-            "log_every": 100,
-            "diagnostics": True,
-            "seed": seed,
-            "export": False,
-        },
-    }
-    sections = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()}
-    return dataclasses.replace(config, **sections)
-
-
 def kind_of(name: str) -> str:
     return name.split(".")[-2]
 
@@ -104,7 +81,7 @@ def row_run(name: str, config: TrainConfig) -> dict[str, Any]:
     """Train, and take from the metrics the medians over the layers of every refresh, kind by kind."""
 
     def builder(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-        optimizer = build_optimizer(model, config)
+        optimizer = compiled(model, config)
         if name == "kept_101":
 
             def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -212,7 +189,7 @@ def probe_run(config: TrainConfig, probes: tuple[int, ...], fresh: int) -> dict[
     made: list[Probing] = []
 
     def builder(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-        optimizer = build_optimizer(model, config)
+        optimizer = compiled(model, config)
         assert isinstance(optimizer, ProjectedOptimizer)
         made[:] = [Probing(model, config, probes, fresh)]
         optimizer.register_step_pre_hook(made[0])
@@ -238,8 +215,8 @@ def main(
     out: str = "runs/drift",
     parts: list[str] | None = None,
     steps: int = 750,
-    lr: float = 0.003,
-    dense_lr: float = 0.01,
+    lr: float = RATE,
+    dense_lr: float = DENSE_RATE,
     seed: int = 1,
 ) -> None:
     """Run the parts that have no result yet.
@@ -261,12 +238,12 @@ def main(
         if part not in (*ROWS, "probes"):
             raise SystemExit(f"parts: {part!r} is unknown, use some of {', '.join((*ROWS, 'probes'))}")
         folder = Path(out) / part
-        optim = ROWS.get(part, {"update_proj_gap": GAP})
-        config = configure(files, valid, folder, steps, lr, dense_lr, seed, optim)
+        method = Method(lr, {"preset": "galore", **ROWS.get(part, {})})
+        start = functools.partial(configure, method, "llama-2m", lr, dense_lr, steps, seed, files, valid, folder)
+        config = start(diagnostics=part != "probes", eval_sequences=1024)
         file = RESULTS / f"{part}_{lr:g}_{dense_lr:g}_{steps}_{seed}.json"
         if part == "probes":
             probes = tuple(step for step in PROBES if step <= steps)
-            config.run.diagnostics = False
             once(file, folder, probe_run, config, probes, FRESH)
         else:
             once(file, folder, row_run, part, config)

@@ -12,7 +12,6 @@ writes the table from these files.
 
 from __future__ import annotations
 
-import glob
 import sys
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunCon
 from subspan.training.trainer import build_optimizer, train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from once import once
+from grid import once, training_files
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -206,11 +205,7 @@ def main(
         methods: some of adamw, galore_subspace, galore_svd, galore_torch; none: all
         autocast: bfloat16 arithmetic in the model; false where the processor has none: there it is thirty times slower
     """
-    files = sorted(glob.glob(train))
-    if len(files) < 2:
-        raise SystemExit(
-            f"train={train!r} matches {len(files)} files: at least two are needed, one is held out for the search"
-        )
+    files = training_files(train)
     for method in methods or SEARCHED:
         lr, dense_lr = search(SEARCHED[method], files, Path(out), autocast)
         run_once(f"final {method} {lr} {dense_lr}", method, lr, dense_lr, LONG, files, valid, Path(out), autocast)

@@ -22,7 +22,7 @@ from subspan.training.config import TrainConfig, load_config
 from subspan.training.trainer import build_optimizer, train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from once import once
+from grid import once
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

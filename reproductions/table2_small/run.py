@@ -10,12 +10,12 @@ for which a search would take days, takes over the rates found there. An interru
 from __future__ import annotations
 
 import functools
-import glob
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
-
+from grid import training_files
 from run import METHODS, configure, result_of, search
 
 ROWS = ("adamw", "galore", "factorized", "lora", "relora", "subspan")
@@ -41,9 +41,7 @@ def main(
         methods: some of the rows; none: all
         seed: of the long runs
     """
-    files = sorted(glob.glob(train))
-    if len(files) < 2:
-        raise SystemExit(f"train={train!r} matches {len(files)} files: at least two are needed, one is held out")
+    files = training_files(train)
     for size in sizes or SIZES:
         for name in methods or ROWS:
             start = functools.partial(configure, METHODS[name], out=Path(out) / name)
