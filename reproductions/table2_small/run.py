@@ -3,8 +3,8 @@
     python reproductions/table2_small/run.py 'TEXT/train/*.txt' TEXT/valid.txt
     python reproductions/table2_small/table.py
 
-The grid is that of benchmarks/quality, and so are its results. `llama-9m` has a search of its own for every method; `llama-25m`,
-for which a search would take days, takes over the rates found there. An interrupted run goes on where it was.
+The grid is that of benchmarks/quality, and so are its results. Rates are searched with `llama-9m`; `llama-25m`, for which a
+search would take days, takes them over. An interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import functools
 import sys
 from pathlib import Path
 
+from subspan.training.config import TrainConfig
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
-from grid import training_files
+from grid import beside, training_files, walk
 from run import METHODS, configure, result_of, search
 
 ROWS = ("adamw", "galore", "factorized", "lora", "relora", "subspan")
 SHORT = 200  # steps of a run of the search
-SIZES = {"llama-9m": 2000, "llama-25m": 1000}  # steps of a long run: 2 M and 1 M tokens
+SIZES = {"llama-9m": 1000, "llama-25m": 500}  # steps of a long run: 1 M and 0.5 M tokens
 
 
 def main(
@@ -45,9 +47,25 @@ def main(
     for size in sizes or SIZES:
         for name in methods or ROWS:
             start = functools.partial(configure, METHODS[name], out=Path(out) / name)
-            short = functools.partial(start, "llama-9m", seed=0, files=files[:-1], valid=files[-1], eval_sequences=256)
-            lr, dense_lr = search(name, short, SHORT)
+            lr, dense_lr = rates(name, files, out)
             result_of(name, start(size, lr, dense_lr, SIZES[size], seed, files, valid, eval_sequences=1024))
+
+
+def rates(name: str, files: list[str], out: str) -> tuple[float, float]:
+    """Best of `llama-9m`: AdamW walks in both rates; the others in that of matrices, with its rate for the rest."""
+
+    def start(method: str, lr: float, dense_lr: float, steps: int) -> TrainConfig:
+        where = (files[:-1], files[-1], Path(out) / method)
+        return configure(METHODS[method], "llama-9m", lr, dense_lr, steps, 0, *where, eval_sequences=256)
+
+    found = search("adamw", functools.partial(start, "adamw"), SHORT)
+    if name == "adamw":
+        return found
+
+    def loss(lr: float) -> float:
+        return float(result_of(name, start(name, lr, found[1], SHORT))["valid_loss"])
+
+    return walk(METHODS[name].rate, beside, loss), found[1]
 
 
 if __name__ == "__main__":
