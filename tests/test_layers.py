@@ -13,12 +13,14 @@ LAYERS = {
     "advice": 0,
     "extras": 0,
     "optim.books": 0,
+    "optim.dtensors": 0,
     "optim.int8": 1,
     "optim.marks": 0,
     "optim.projectors": 1,
     "optim.quant": 1,
     "optim.refresh": 2,
     "optim.rules": 1,
+    "optim.shards": 2,
     "optim.backward": 2,
     "optim.combine": 2,
     "optim.groups": 2,
@@ -54,9 +56,9 @@ LAYERS = {
     "report": 5,
 }
 # Presets are the optimizer with a rule; the optimizer reads groups and owns its hooks, which know its type, and both go through
-# weights by update's parts, which sweep does the arithmetic of; data and corpus, trainer,
-# text and resume are one module each, cut for length, as are finetune, classifier and tasks; a checkpoint asks memory whether a
-# copy fits.
+# weights by update's parts, which sweep does the arithmetic of; shards say which part of a parameter is here; data and corpus,
+# trainer, text and resume are one module each, cut for length, as are finetune, classifier and tasks; a checkpoint asks memory
+# whether a copy fits.
 SIBLINGS = {
     ("optim.presets", "optim.optimizer"),
     ("optim.optimizer", "optim.groups"),
@@ -76,6 +78,10 @@ SIBLINGS = {
     ("optim.optimizer", "optim.combine"),
     ("optim.optimizer", "optim.sweep"),
     ("optim.optimizer", "optim.norms"),
+    ("optim.optimizer", "optim.shards"),
+    ("optim.norms", "optim.shards"),
+    ("optim.update", "optim.shards"),
+    ("optim.shards", "optim.groups"),
     ("training.checkpoint", "memory"),
     ("training.baselines", "training.config"),
     ("training.baselines", "training.finetune_config"),
@@ -96,10 +102,12 @@ SIBLINGS = {
 TORCH_ALONE = {
     "optim.books",
     "optim.combine",
+    "optim.dtensors",
     "optim.int8",
     "optim.projectors",
     "optim.quant",
     "optim.rules",
+    "optim.shards",
     "optim.sweep",
     "optim.backward",
     "optim.groups",

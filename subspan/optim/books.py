@@ -58,7 +58,9 @@ def values_of(codes: Tensor, name: str) -> Tensor:
     """What uint8 `codes` (..., n) stand for: (..., n) fp32; (..., 2n) of a 4-bit book, the lower half of a byte first."""
     if not torch.compiler.is_compiling():
         values = _tables(name, codes.device).values
-        return values.index_select(0, codes.flatten().int()).view(*codes.shape[:-1], -1)
+        return values.index_select(0, codes.flatten().int()).view(
+            *codes.shape[:-1], codes.shape[-1] * 8 // bits_of(name)
+        )
     c = codes.int()
     if bits_of(name) == 8:
         return _dynamic_value(c, name)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from subspan.optim.projectors import live_directions
+
+if TYPE_CHECKING:
+    from subspan.optim.shards import Shards
 
 
 def parts_of(X: Tensor, dim: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
@@ -21,17 +25,21 @@ def parts_of(X: Tensor, dim: int, multiple: int = 1) -> Iterator[tuple[int, int]
         yield start, min(length, whole - start)
 
 
-def gauge(R: Tensor, projected: bool, mask_null: bool) -> tuple[Tensor, Tensor]:
+def gauge(R: Tensor, projected: bool, mask_null: bool, shards: Shards | None = None) -> tuple[Tensor, Tensor]:
     """The norm of R, 0-d, and what of R counts, a bool tensor that broadcasts to R; the rest counts as zero.
 
     Nothing counts if the norm is not finite; of a low-rank gradient (..., r, k) the rows of rounding noise do not
-    (`live_directions`, with mask_null). R stays as it is. No host sync.
+    (`live_directions`, with mask_null). R stays as it is. No host sync. shards: R is a part, and both are of the whole.
     """
     if not (projected and mask_null):
-        norm = norm_of(R)
+        norm = norm_of(R) if shards is None else shards.norm(norm_of(R))
         return norm, norm < math.inf
     rows = row_norms(R)
+    if shards is not None and shards.axis != "batch":
+        rows = shards.norm(rows)
     norm = vector_norm(rows)
+    if shards is not None and shards.axis == "batch":
+        norm = shards.norm(norm)
     return norm, (live_directions(rows, R.dtype) & (norm < math.inf)).unsqueeze(-1)
 
 

@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -29,12 +29,14 @@ from torch import Tensor
 from subspan.optim.backward import Backward, Gradients
 from subspan.optim.books import Bits
 from subspan.optim.combine import LIMITED, Combine
+from subspan.optim.dtensors import is_spread, local, placed_as
 from subspan.optim.groups import as_matrix, check_group, matrix_shape
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.marks import mark
 from subspan.optim.norms import gauge, norm_of
 from subspan.optim.projectors import (
     Projector,
+    Side,
     SubspaceIteration,
     align,
     effective_rank,
@@ -43,12 +45,16 @@ from subspan.optim.projectors import (
     pick_side,
     project,
     random_basis,
+    seed_of,
 )
-from subspan.optim.quant import Store, init_basis, read_basis, write_basis
+from subspan.optim.quant import State, Store, init_basis, read_basis, write_basis
 from subspan.optim.refresh import Refresh, Timetable
 from subspan.optim.rules import Adam, Rule
 from subspan.optim.sweep import OWN
 from subspan.optim.update import stores_in_few_bits, update_weight
+
+if TYPE_CHECKING:
+    from subspan.optim.shards import Shards
 
 Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor, Tensor]
 """A group, a parameter of it, its R (its gradient if it is dense), the norm of R, what of R counts."""
@@ -191,6 +197,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._index: dict[Tensor, int] = {}  # position among the projected parameters, for seeds
         self._group: dict[Tensor, int] = {}  # position of its group in param_groups
         self._position: dict[Tensor, int] = {}  # among all parameters, for the seeds of rounding
+        self._shards: dict[Tensor, Shards | None] = {}  # None: of those that lie on one process
         self._backward: Backward | None = None
         self._built = False
         defaults = {"lr": lr, "weight_decay": weight_decay, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
@@ -229,38 +236,62 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _init_state(self, group: dict[str, Any], p: Tensor) -> None:
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
         shape = p.shape
+        shards = None
+        if is_spread(p):
+            from subspan.optim.shards import shards_of  # imports DTensor, which takes a second
+
+            shards = shards_of(p, group, self.side(p) if "rank" in group else None)
+        self._shards[p] = shards
         if "rank" in group:
             basis_shape, shape = self.shapes(p)
             self._index[p] = len(self._index)
             state |= self._timetable.add(p)
-            if self.basis_dtype in LOW_BITS:
-                state |= init_basis(basis_shape, p.device)
-            else:
-                state["basis"] = torch.empty(basis_shape, dtype=self.basis_dtype or p.dtype, device=p.device)
             if self.refresh.first == "random" and not p.is_meta:
-                write_basis(state, random_basis(basis_shape, self._seed(p, 0), p.device))
+                Q = random_basis(basis_shape, self._seed(p, 0), p.device)
             else:  # orthonormal from the start, although the first step replaces it
-                write_basis(state, torch.eye(*basis_shape[-2:], device=p.device).expand(basis_shape))
+                Q = torch.eye(*basis_shape[-2:], device=p.device).expand(basis_shape)
+            state |= self._init_basis(Q, p, shards)
             if self.combine is not None:
                 state |= self.combine.init(p.device)
         rule, store, dtype = self.memory(group)
-        template = torch.empty(shape, dtype=dtype or p.dtype, device="meta")
-        state.update(store.init(rule.init(template), p.device))
+        moments = rule.init(torch.empty(shape, dtype=dtype or p.dtype, device="meta"))
+        state |= store.init(moments, p.device) if shards is None else shards.init(store, moments, p.device)
         self.state[p] = state
         self._position[p] = len(self._position)
         self._steps[p] = 0
+
+    def _init_basis(self, Q: Tensor, p: Tensor, shards: Shards | None) -> State:
+        batch = shards if shards is not None and shards.axis == "batch" else None
+        mine = Q if batch is None else Q.narrow(0, *batch.mine(Q.shape[0]))
+        if self.basis_dtype in LOW_BITS:
+            state = init_basis(mine.shape, p.device)
+        else:
+            state = {"basis": torch.empty(mine.shape, dtype=self.basis_dtype or p.dtype, device=p.device)}
+        write_basis(state, mine)
+        return state if batch is None else {key: batch.join(X, 0, Q.shape[0]) for key, X in state.items()}
+
+    def side(self, p: Tensor) -> Side:
+        """The side of a projected parameter that its basis multiplies from."""
+        group = self.group_of(p)
+        return pick_side(matrix_shape(p.shape, group), group["proj_type"])
+
+    def state_here(self, p: Tensor) -> State:
+        """p's state, of which large tensors are this process' parts."""
+        state: State = self.state[p]
+        return state if self._shards[p] is None else {key: local(X) for key, X in state.items()}
 
     def shapes(self, p: Tensor) -> tuple[torch.Size, torch.Size]:
         """Of the basis (..., d, r) and the low-rank gradient (..., r, k) of a projected parameter."""
         group = self.group_of(p)
         *batch, m, n = matrix_shape(p.shape, group)
-        d, k = (m, n) if pick_side((m, n), group["proj_type"]) == "left" else (n, m)
+        d, k = (m, n) if self.side(p) == "left" else (n, m)
         rank = effective_rank(group["rank"], (m, n))
         return torch.Size((*batch, d, rank)), torch.Size((*batch, rank, k))
 
     def basis(self, p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The basis Q (..., d, r) of a projected parameter, in `dtype` (None: fp32): a new tensor if it is stored otherwise."""
-        state = self.state[p]
+        """The basis Q (..., d, r) of a projected parameter, in `dtype` (None: fp32): a new tensor if it is stored otherwise.
+        Of a sharded batch, those of this process."""
+        state = self.state_here(p)
         rank = 0 if "basis" in state else self.shapes(p)[0][-1]  # of codes, which may be one more than there are values
         return read_basis(state, rank, dtype or torch.float32)
 
@@ -275,13 +306,22 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._timetable.forget(p, state)
 
     def first_moment(self, p: Tensor) -> Tensor | None:
-        """exp_avg or momentum_buffer of p in fp32, (..., r, k) of a projected parameter: a copy; None if its rule has neither."""
+        """exp_avg or momentum_buffer of p in fp32, (..., r, k) of a projected parameter: a copy; None if its rule has neither.
+        Of a sharded parameter, this process' part."""
         group = self.group_of(p)
-        moments = self.memory(group)[1].load(self.state[p], self.shapes(p)[1] if "rank" in group else p.shape)
+        moments = self.memory(group)[1].load(self.state_here(p), self._shape_here(p))
         for name in ("exp_avg", "momentum_buffer"):
             if name in moments:
                 return moments[name].float().clone()
         return None
+
+    def _shape_here(self, p: Tensor) -> tuple[int, ...]:
+        """Of the (low-rank) gradient of p, or of this process' part."""
+        shape = list(self.shapes(p)[1] if p in self._index else p.shape)
+        if shards := self._shards[p]:
+            dim = -1 if shards.axis in ("k", "d") else 0
+            shape[dim] = shards.mine(shape[dim])[1]
+        return tuple(shape)
 
     def memory(self, group: dict[str, Any]) -> Memory:
         """The rule of a group's parameters, how their moments are stored, and the dtype of those that are not in codes."""
@@ -338,8 +378,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """
         refresh = True
         if any(p.grad is not None and self.refresh_due(p) for p in self._index):
-            seen = [norm_of(p.grad) for _, p in self._parameters() if p.grad is not None]
-            seen += [norm_of(R) for R in (self._backward.low_rank.values() if self._backward else ())]
+            seen = [self._norm(p, local(p.grad)) for _, p in self._parameters() if p.grad is not None]
+            seen += [self._norm(p, R) for p, R in (self._backward.low_rank.items() if self._backward else ())]
             refresh = bool(self._total(seen if loss is None else [*seen, loss.detach().float()]).isfinite())
         self.prepared = list(self._low_rank_gradients(refresh))
         norms = list(self._backward.updated.values()) if self._backward else []
@@ -352,10 +392,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._end_step()
 
     def project(self, group: dict[str, Any], p: Tensor, refresh: bool = True) -> Tensor:
-        """R (r, k) of a projected parameter, after the refresh if one is due; of a dense one p.grad itself."""
+        """R (r, k) of a projected parameter, after the refresh if one is due; of a dense one p.grad itself. Of a sharded one,
+        this process' part."""
         assert p.grad is not None
         if "rank" not in group:
-            return p.grad
+            return local(p.grad)
         if refresh and self.refresh_due(p):
             with mark("refresh"):
                 self._refresh_basis(group, p, p.grad)
@@ -364,9 +405,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def low_rank_gradient(self, group: dict[str, Any], p: Tensor, G: Tensor, R: Tensor | None = None) -> Tensor:
         """Q^T A (r, k) of p's gradient G, added to R if there is one. For moments in codes it lies as they do."""
         with mark("project"):
-            G = as_matrix(G.contiguous(), group)
-            A, Q = orient(G, pick_side(G.shape, group["proj_type"])), self.basis(p, G.dtype)
+            G = as_matrix(local(G).contiguous(), group)
+            A, Q = orient(G, self.side(p)), self.basis(p, G.dtype)
             turned = self.memory(group)[1].bits is not None
+            shards = self._shards[p]
+            if shards is not None and shards.axis == "d":
+                new = shards.reduce(project(A, shards.mine_of(Q), turned))
+                return new if R is None else R.add_(new)
             if R is None:
                 return project(A, Q, turned)
             X, left, right = (R.mT, A.mT, Q) if turned else (R, Q.mT, A)
@@ -375,12 +420,17 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def gauge(self, group: dict[str, Any], p: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of what p is updated with, R or, with a combine, its gradient; and what of R counts (norms.py)."""
-        norm, live = gauge(R, "rank" in group, self.mask_null)
+        norm, live = gauge(R, "rank" in group, self.mask_null, self._shards[p])
         if self.combine is not None and "rank" in group:
             assert p.grad is not None
-            norm = norm_of(p.grad)
+            norm = self._norm(p, local(p.grad))
             live = live & (norm < math.inf)
         return norm, live
+
+    def _norm(self, p: Tensor, X: Tensor) -> Tensor:
+        """The norm of all of p's gradient, or low-rank gradient, from this process' part X."""
+        shards = self._shards[p]
+        return norm_of(X) if shards is None else shards.norm(norm_of(X))
 
     def apply(
         self,
@@ -397,7 +447,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         use: 0-d bool tensor on p's device. If it is False, and R zero, weight, moments and basis stay as they are; only the
         count of steps, which the host keeps too, goes on.
         """
-        state = self.state[p]
+        state, shards = self.state_here(p), self._shards[p]
         state["step"].add_(1)
         self._steps[p] += 1
         lr = float(group["lr"])
@@ -407,14 +457,16 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         generator = None
         if isinstance(p, Int8Weight) or (self.stochastic_rounding and p.dtype == torch.bfloat16):
             generator = torch.Generator(device=p.device).manual_seed(self._rounding_seed(p))
-        W, side, Q, combine, gradient = p, None, None, None, None
+        W, side, Q, combine, gradient = local(p), None, None, None, None
         if "rank" in group:
-            W = as_matrix(p, group)
-            side, Q = pick_side(W.shape, group["proj_type"]), self.basis(p, p.dtype)
+            W = as_matrix(W, group)
+            side, Q = self.side(p), self.basis(p, p.dtype)
+            if shards is not None and shards.axis == "d":
+                Q = shards.mine_of(Q)
             size *= group["scale"]
             if self.combine is not None:
                 assert p.grad is not None
-                combine, gradient = self.combine, as_matrix(p.grad.contiguous(), group)
+                combine, gradient = self.combine, as_matrix(local(p.grad).contiguous(), group)
         update_weight(
             W,
             R,
@@ -433,6 +485,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             combine=combine,
             gradient=gradient,
             compiled=self.compile,
+            shards=shards,
         )
 
     def _low_rank_gradients(self, refresh: bool = True) -> Iterator[Prepared]:
@@ -486,18 +539,26 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """p's basis <- the projector's basis for G, in place; untouched, and still due, if G is zero or not finite (looking at it
         is a sync)."""
         begin = time.perf_counter()
-        state, G = self.state[p], as_matrix(G.contiguous(), group)
-        largest = float(torch.linalg.vector_norm(G, ord=math.inf))
+        state, shards = self.state_here(p), self._shards[p]
+        here = local(G)
+        most = torch.linalg.vector_norm(here, ord=math.inf) if here.numel() else here.new_zeros(())
+        largest = float(most if shards is None else shards.max(most))
         if math.isfinite(largest) and largest > 0:
+            batch = shards if shards is not None and shards.axis == "batch" else None
+            G = as_matrix((here if batch else G).contiguous(), group)  # of a batch every process finds its own bases
             rank = self.shapes(p)[0][-1]
             count = self._timetable.refreshes[p]
             old = self.basis(p)
             previous = old if count else None  # a random first basis knows nothing of the gradient
-            side = pick_side(G.shape, group["proj_type"])
-            new = self.projector.basis(G, side, rank, previous, self._seed(p, count + 1))
+            side = self.side(p)
+            seed = seed_of(self._seed(p, count + 1), batch.mine(batch.size)[0] if batch else 0)
+            new = self.projector.basis(G, side, rank, previous, seed)
             if self.refresh.align:
                 new = align(new, old)
-            same = float(overlap(old, new).mean()) if self.refresh.needs_overlap else None
+            same = None
+            if self.refresh.needs_overlap:
+                overlaps = overlap(old, new)
+                same = float(batch.mean(overlaps) if batch else overlaps.mean())
             if self._steps[p]:
                 self._move_moments(group, p, new, old, same)
             write_basis(state, new)
@@ -506,11 +567,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _move_moments(self, group: dict[str, Any], p: Tensor, new: Tensor, old: Tensor, same: float | None) -> None:
         """What becomes of moments in the basis `old` when `new` takes its place: see `Refresh`."""
-        how, state = self.refresh.moments, self.state[p]
+        how, state = self.refresh.moments, self.state_here(p)
         if how in (None, "keep") or (self.refresh.gate is not None and same is not None and same <= self.refresh.gate):
             return
         rule, store, _ = self.memory(group)
-        moments = store.load(state, self.shapes(p)[1])
+        moments = store.load(state, self._shape_here(p))
         if how == "reset":
             for name in moments.keys() - set(OWN):
                 moments[name].zero_()
@@ -525,9 +586,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _rounding_seed(self, p: Tensor) -> int:
         """One seed for each (parameter, step), apart from those of bases, the same after a resume."""
-        return (
-            ((self.refresh.seed * 1_000_033 + self._position[p]) * 1_000_003 + self._steps[p]) * 2_147_483_647 % 2**63
-        )
+        number = (self.refresh.seed * 1_000_033 + self._position[p]) * 1_000_003 + self._steps[p]
+        shards = self._shards[p]
+        part = 0 if shards is None else shards.index
+        return (number * 2_147_483_647 + part) % 2**63
 
     def group_of(self, p: Tensor) -> dict[str, Any]:
         """The parameter group that p is in."""
@@ -572,7 +634,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self.state = state
         for ours, theirs in pairs:
             for key, value in ours.items():
-                value.copy_(theirs[key])
+                value.copy_(placed_as(value, theirs[key]))
         self._steps = {p: int(self.state[p]["step"]) for p in own}
         for p in self._index:
             self._timetable.load(p, self.state[p])

@@ -13,12 +13,15 @@ Every one of them returns orthonormal, finite columns for every finite input: ze
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+
+from subspan.optim.dtensors import beside, summed, whole
 
 Side = Literal["left", "right"]
 ProjType = Literal["std", "reverse_std", "left", "right"]
@@ -118,10 +121,18 @@ def random_basis(shape: Sequence[int], seed: int, device: torch.device | str = "
     """Orthonormal columns (..., d, r), fp32, uniform over subspaces; a function of (shape, seed) alone.
 
     Drawn by a generator of its own on the CPU, so that it is the same on every device and process and never touches
-    the global random state.
+    the global random state. Matrix i of a batch is what `seed_of(seed, i)` gives alone.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return orthonormalize(torch.randn(tuple(shape), generator=generator).to(device))
+    *batch, d, r = shape
+    Y = torch.empty((math.prod(batch), d, r))
+    for i, y in enumerate(Y):
+        y.normal_(generator=torch.Generator().manual_seed(seed_of(seed, i)))
+    return orthonormalize(Y.view(*batch, d, r).to(device))
+
+
+def seed_of(seed: int, i: int) -> int:
+    """The seed of matrix i of a batch; of matrices i + j, if it is given for `seed` again."""
+    return (seed + i * 6_700_417_000_003) % 2**63
 
 
 # ------------------------------------------------------------------------------------------------ basis finders
@@ -149,6 +160,7 @@ class SVD:
 
     def basis(self, G: Tensor, side: Side, rank: int, previous: Tensor | None, seed: int) -> Tensor:
         # Of G itself, never of its transpose: LAPACK's choice of signs differs between the two, and kept moments feel it.
+        G = whole(G)
         G = G if G.dtype == torch.float64 else G.float()
         U: Tensor
         Vh: Tensor
@@ -180,7 +192,7 @@ class RandomizedSVD:
         for _ in range(max(self.n_iter, 1)):
             Y = orthonormalize(_half_power(A, Y))
         U: Tensor
-        U, _, _ = torch.linalg.svd((Y.to(A.dtype).mT @ A).to(Y.dtype), full_matrices=False)
+        U, _, _ = torch.linalg.svd(whole(beside(Y.to(A.dtype), A).mT @ A).to(Y.dtype), full_matrices=False)
         return Y @ U[..., :rank]
 
 
@@ -229,9 +241,11 @@ class Random:
 def _half_power(A: Tensor, Q: Tensor) -> Tensor:
     """A (A^T Q), (..., d, r), in A's dtype. The inner factor is scaled to unit norm: gradients of 1e-6, squared, would
     leave fp16's range, and the span does not depend on scale."""
-    Z = A.mT @ Q.to(A.dtype)
-    norm: Tensor = torch.linalg.matrix_norm(Z, keepdim=True, dtype=torch.promote_types(A.dtype, torch.float32))
-    return A @ (Z / norm.clamp_min(torch.finfo(torch.float32).tiny)).to(A.dtype)
+    Z = summed(A.mT @ beside(Q.to(A.dtype), A))
+    norm: Tensor = torch.linalg.vector_norm(
+        Z, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(A.dtype, torch.float32)
+    )
+    return whole(A @ (Z / norm.clamp_min(torch.finfo(torch.float32).tiny)).to(A.dtype))
 
 
 def _check_count(name: str, value: object, least: int) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from subspan.optim.projectors import Side, orient, project_back
 from subspan.optim.quant import SIGNED, State, Store, stochastic_round
 from subspan.optim.rules import Rule
 from subspan.optim.sweep import compiled_sweep, sweep
+
+if TYPE_CHECKING:
+    from subspan.optim.shards import Shards
 
 WHOLE_NUMBERS = {
     torch.float64: torch.int64,
@@ -56,6 +60,7 @@ def update_weight(
     combine: Combine | None = None,
     gradient: Tensor | None = None,
     compiled: bool = False,
+    shards: Shards | None = None,
 ) -> None:
     """W <- keep W - size orient(Q rule(R)), or keep W - size rule(R) for a dense W; `state` is brought forward by one step.
 
@@ -68,13 +73,14 @@ def update_weight(
     generator: of the random bits with which bf16 and INT8 weights are rounded; None: bf16 is rounded to nearest.
     combine: what becomes of the rest of W's `gradient` (as W is: (..., m, n)); None: it is left out, and not needed.
     compiled: sweep in one pass, made by torch.compile, where the rule works by parts.
+    shards: W is one part of a matrix, and R, moments and gradient are its parts (shards.py); Q has the rows that it needs.
     """
     move = functools.partial(_move, W, side=side, Q=Q, size=size, keep=keep, use=use, generator=generator)
-    direction = R if combine is None else None
+    direction = R if combine is None or not R.numel() else None
     if not works_by_parts(rule) or R.ndim == 0:
         with mark("rule"):
             moments = store.load(state, R.shape)
-            U = rule.update(_clean(R, live, factor), moments, torch.tensor(float(count)), use)
+            U = _update_whole(rule, shards, _clean(R, live, factor), moments, torch.tensor(float(count)), use)
             store.save(state, moments, use)
             direction = U if use is None else U * use
     else:
@@ -102,12 +108,14 @@ def update_weight(
             return
     with mark("apply"):
         assert direction is not None
+        if shards is not None and shards.axis == "d":
+            direction, R = shards.gather(direction), R if combine is None else shards.gather(R)
         if combine is None or Q is None or side is None:
             move(direction)
         else:
             assert gradient is not None
             A = orient(gradient, side)
-            move(direction, lift=_combined(combine, Q, A, R, direction, live, factor, state, use), whole=A)
+            move(direction, lift=_combined(combine, Q, A, R, direction, live, factor, state, use, shards), whole=A)
 
 
 def _combined(
@@ -120,11 +128,20 @@ def _combined(
     factor: Tensor | None,
     state: State,
     use: Tensor | None,
+    shards: Shards | None,
 ) -> Callable[[int, int], Tensor]:
     """What makes columns `start` to `start + length` of D."""
     a, r, u = (row_norms(X.mT) for X in (A, R, U))
     a = a if factor is None else a * factor
-    weights = combine.weights(a, r, u, (Q.shape[-2], Q.shape[-1]), state, use)
+    d = Q.shape[-2]
+    if shards is not None and shards.axis == "d":
+        a, d = shards.norm(a), shards.rows
+    joined = shards if shards is not None and shards.axis != "d" else None
+    if joined is not None:
+        a, r, u = (joined.gather(x) for x in (a, r, u))
+    weights = combine.weights(a, r, u, (d, Q.shape[-1]), state, use)
+    if joined is not None and weights is not None:
+        weights = joined.part(weights)
     finite = live.any()  # or zero
 
     def lift(start: int, length: int) -> Tensor:
@@ -135,6 +152,20 @@ def _combined(
         return combine.direction(Q, G, R.narrow(-1, start, length), U.narrow(-1, start, length), w)
 
     return lift
+
+
+def _update_whole(
+    rule: Rule, shards: Shards | None, R: Tensor, moments: State, step: Tensor, use: Tensor | None
+) -> Tensor:
+    """`rule.update` of a rule that sees a whole matrix: of which R, and the moments that are large, are parts, if `shards`."""
+    if shards is None:
+        return rule.update(R, moments, step, use)
+    parts = [name for name in moments if name in SIGNED]
+    gathered = {**moments, **{name: shards.gather(moments[name]) for name in parts}}
+    U = rule.update(shards.gather(R), gathered, step, use)
+    for name in parts:
+        moments[name].copy_(shards.part(gathered[name]))
+    return shards.part(U)
 
 
 def _clean(R: Tensor, live: Tensor, factor: Tensor | None) -> Tensor:

@@ -1,0 +1,298 @@
+"""FSDP2: several processes train as one does, whatever the axis of a matrix that is cut, and hold a part of the state each."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from subspan.optim.combine import Apollo, Fira, Frugal
+from subspan.optim.groups import param_groups
+from subspan.optim.optimizer import ProjectedOptimizer
+from subspan.optim.projectors import SVD, Random, RandomizedSVD
+from subspan.optim.refresh import Refresh
+from subspan.optim.rules import Adafactor, Adam, ColumnNorm, Lion, Muon, SGDMomentum
+from subspan.optim.shards import shard_along
+
+RANK, GAP, STEPS = 32, 2, 6  # three refreshes
+HIDDEN, WIDE = 64, 132  # WIDE / 4 = 33 columns a process
+TOKENS = 256  # a step: gradients of full rank, so that rounding noise stays small
+
+CASES: dict[str, dict[str, Any]] = {
+    "hold": {},
+    "project": {"gradients": "project", "max_grad_norm": 0.2},
+    "update": {"gradients": "update"},
+    "int8": {"state_dtype": torch.int8, "basis_dtype": torch.int4},
+    "int4, project": {"state_dtype": torch.int4, "gradients": "project"},
+    "adafactor": {"rule": Adafactor()},
+    "muon": {"rule": Muon(), "dense_rule": Adam()},
+    "muon, int8": {"rule": Muon(), "dense_rule": Adam(), "state_dtype": torch.int8},
+    "column norm": {"rule": ColumnNorm(), "dense_rule": SGDMomentum()},
+    "lion": {"rule": Lion()},
+    "fira": {"combine": Fira()},
+    "frugal": {"combine": Frugal(0.1), "refresh": Refresh(moments="reset")},
+    "apollo mini": {"combine": Apollo(by="tensor"), "gradients": "update"},
+    "transport": {"refresh": Refresh(moments="transport", adaptive=0.5, gate=0.1, align=True)},
+    "svd": {"projector": SVD()},
+    "randomized svd": {"projector": RandomizedSVD()},
+    "random": {"projector": Random()},
+}
+AXES = {"k": (1, 0), "d": (0, 1)}
+"""Of `Net.down` and `Net.up`: which dimension is cut, so that both matrices are along k, or along d."""
+
+
+class Experts(nn.Module):
+    """Three matrices as one parameter: two processes get two and one of them, four get one or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, HIDDEN, HIDDEN) / HIDDEN)
+
+    def forward(self, X: Tensor) -> Tensor:
+        return torch.einsum("bd,edh->bh", X, self.weight)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(70, HIDDEN)
+        self.up = nn.Linear(HIDDEN, WIDE)
+        self.down = nn.Linear(WIDE, HIDDEN)
+        self.experts = Experts()
+        self.head = nn.Linear(HIDDEN, 70, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        X = self.embedding(tokens)
+        X = X + self.down(self.up(X).tanh())
+        return self.head(X + self.experts(X))
+
+
+def groups_of(net: nn.Module) -> list[dict[str, Any]]:
+    targets = ["up.weight", "down.weight", "experts.weight"]
+    return param_groups(
+        net, rank=RANK, update_proj_gap=GAP, targets=targets, views={"experts.weight": "batch"}, verbose=False
+    )
+
+
+def fit(case: str, count: int, axis: str, replicas: int = 1) -> dict[str, Any]:
+    """Losses, whole weights, whole state and this process' bytes; count 0: without a process group."""
+    torch.manual_seed(0)
+    net = Net()
+    if count:
+        shape, names = ((replicas, count), ("replicate", "shard")) if replicas > 1 else ((count,), ("shard",))
+        dims = dict(zip((net.down.weight, net.up.weight), AXES[axis], strict=True))
+        fully_shard(
+            net,
+            mesh=init_device_mesh("cpu", shape, mesh_dim_names=names),
+            shard_placement_fn=lambda p: Shard(dims[p]) if p in dims else None,
+        )
+    optimizer = ProjectedOptimizer(groups_of(net), lr=0.003, weight_decay=0.1, **CASES[case])
+    parts, rank = max(count * replicas, 1), dist.get_rank() if count else 0
+    micro_batches = 2 if CASES[case].get("gradients") == "project" else 1
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(STEPS):
+        total = torch.zeros(())
+        for _ in range(micro_batches):
+            tokens = torch.randint(0, 70, (2, TOKENS), generator=generator)
+            mine = tokens[:, rank * TOKENS // parts : (rank + 1) * TOKENS // parts]
+            loss = nn.functional.cross_entropy(net(mine[0]), mine[1]) / micro_batches
+            loss.backward()
+            total += loss.detach()
+        if count:
+            dist.all_reduce(total)
+        losses.append(float(total) / parts)
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {f"{name}.{key}": X for name, p in net.named_parameters() for key, X in optimizer.state[p].items()}
+    return {
+        "losses": torch.tensor(losses),
+        "weights": {name: whole(p.detach()) for name, p in net.named_parameters()},
+        "state": {key: whole(X) for key, X in state.items()},
+        "bytes": {key: here(X).nbytes for key, X in state.items()},
+    }
+
+
+def whole(X: Tensor) -> Tensor:
+    return X.full_tensor() if isinstance(X, DTensor) else X
+
+
+def here(X: Tensor) -> Tensor:
+    return X.to_local() if isinstance(X, DTensor) else X
+
+
+def worker(rank: int, count: int, replicas: int, file: str, runs: list[tuple[str, str]]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count * replicas)
+    found = {f"{case}, {axis}": fit(case, count, axis, replicas) for case, axis in runs}
+    if rank == 0:
+        torch.save(found, f"{file}.pt")
+    dist.destroy_process_group()
+
+
+def together(folder: Path, count: int, runs: list[tuple[str, str]], replicas: int = 1) -> dict[str, dict[str, Any]]:
+    file = folder / "group"
+    torch.multiprocessing.spawn(worker, (count, replicas, str(file), runs), nprocs=count * replicas)
+    return dict(torch.load(f"{file}.pt"))
+
+
+@functools.cache
+def alone(case: str) -> dict[str, Any]:
+    return fit(case, 0, "k")
+
+
+ALONG_D = ("project", "int8", "muon", "fira", "transport", "svd")
+TWO = [*((case, "k") for case in CASES), *((case, "d") for case in ALONG_D)]
+FOUR = [("project", "k"), ("int8", "k"), ("muon", "d"), ("fira", "d")]
+ATOL = {"int8": 2e-4, "int4, project": 2e-4, "muon, int8": 2e-4, "frugal": 1e-4}
+"""Where rounding may choose another code, or the sign of a residual near 0: of weights after 6 steps of 0.003."""
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return together(tmp_path_factory.mktemp("two"), 2, TWO)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return together(tmp_path_factory.mktemp("four"), 4, FOUR)
+
+
+@pytest.fixture(scope="module")
+def two_by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return together(tmp_path_factory.mktemp("two_by_two"), 2, FOUR, replicas=2)
+
+
+def check_equal(many: dict[str, Any], case: str) -> None:
+    one, atol = alone(case), ATOL.get(case, 1e-5)
+    torch.testing.assert_close(many["losses"], one["losses"], rtol=1e-5, atol=1e-5)
+    assert many["weights"].keys() == one["weights"].keys()
+    for name, W in one["weights"].items():
+        torch.testing.assert_close(many["weights"][name], W, rtol=0, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+    assert many["state"].keys() == one["state"].keys()
+    for key, X in one["state"].items():
+        if X.ndim == 0 and not key.endswith("limited_norm"):
+            assert many["state"][key] == X, key  # counters
+        elif key.endswith(".codes"):
+            assert (many["state"][key] != X).float().mean() < 0.05, key
+
+
+@pytest.mark.parametrize(("case", "axis"), TWO)
+def test_two_processes_train_as_one(two: dict[str, Any], case: str, axis: str) -> None:
+    check_equal(two[f"{case}, {axis}"], case)
+
+
+@pytest.mark.parametrize(("case", "axis"), FOUR)
+def test_four_processes_train_as_one(four: dict[str, Any], case: str, axis: str) -> None:
+    check_equal(four[f"{case}, {axis}"], case)
+
+
+@pytest.mark.parametrize(("case", "axis"), FOUR)
+def test_copies_of_shards_train_as_one(two_by_two: dict[str, Any], case: str, axis: str) -> None:
+    check_equal(two_by_two[f"{case}, {axis}"], case)
+
+
+@pytest.mark.parametrize("case", ["project", "int8"])
+def test_moments_are_shared_out_and_bases_are_not(two: dict[str, Any], four: dict[str, Any], case: str) -> None:
+    """132 rows or columns, which 2 and 4 divide."""
+    one = alone(case)["bytes"]
+    moments = [key for key in one if key.startswith(("up.weight.", "down.weight.")) and ".exp_avg" in key]
+    bases = [key for key in one if key.startswith(("up.weight.basis", "down.weight.basis"))]
+    assert len(moments) >= 4
+    assert len(bases) >= 2
+    for count, found in ((2, two), (4, four)):
+        many = found[f"{case}, k"]["bytes"]
+        assert [many[key] * count for key in moments] == [one[key] for key in moments]
+        assert [many[key] for key in bases] == [one[key] for key in bases]
+
+
+def check_bits(rank: int, file: str) -> None:
+    """Equal gradients, dense parameters in 8 bits: blocks are rows, which no process shares, so codes are equal bit by bit."""
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    broken = torch.zeros(99, 64)
+    broken[-1, -1] = math.inf  # on one process alone, and yet it must count as zero everywhere
+    weight, *gradients = (torch.randn(99, 64) for _ in range(4))
+    for X in (weight, *gradients):
+        dist.broadcast(X, 0)
+    mesh = init_device_mesh("cpu", (2,))
+    states = []
+    for placed in (lambda X: X.clone(), lambda X: distribute_tensor(X, mesh, [Shard(0)])):
+        p = nn.Parameter(placed(weight))
+        optimizer = ProjectedOptimizer([p], lr=0.01, state_dtype=torch.int8)
+        for G in (*gradients, broken):
+            p.grad = placed(G)
+            norm = optimizer.prepare()
+            optimizer.step()
+        assert norm == math.inf
+        states.append({**optimizer.state[p], "weight": p.detach()})
+    for key, X in states[0].items():
+        assert torch.equal(whole(states[1][key]), X), key
+    dist.destroy_process_group()
+
+
+def test_codes_are_equal_bit_by_bit(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(check_bits, (str(tmp_path / "group"),), nprocs=2)
+
+
+def check_the_rest(rank: int, file: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    square = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
+
+    # What cannot be stepped is refused when the optimizer is made.
+    for group, placements, where, words in (
+        ({}, [Shard(1)], mesh, "sharded along dimension 1"),
+        ({"rank": 2}, [Shard(0), Shard(1)], square, "only one Shard"),
+        ({"rank": 2, "view": "conv"}, [Shard(1)], mesh, "in no regular way"),
+    ):
+        X = torch.zeros(4, 4, 2, 2) if "view" in group else torch.zeros(4, 4)
+        p = nn.Parameter(distribute_tensor(X, where, placements))
+        with pytest.raises(ValueError, match=words):
+            ProjectedOptimizer([{"params": [p], **group}])
+
+    # Copies everywhere need nothing.
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate()]))
+    optimizer = ProjectedOptimizer([{"params": [p], "rank": 2}], lr=0.1)
+    p.grad = distribute_tensor(torch.eye(4), mesh, [Replicate()])
+    optimizer.step()
+    assert not torch.equal(whole(p.detach()), torch.ones(4, 4))
+
+    # State goes from one process to several and back.
+    torch.manual_seed(0)
+    single, sharded = Net(), Net()
+    sharded.load_state_dict(single.state_dict())
+    placement = shard_along(groups_of(sharded), 2)
+    assert [placement(p) for p in (sharded.up.weight, sharded.down.weight, sharded.head.weight)] == [
+        Shard(0),
+        Shard(1),
+        None,
+    ]
+    assert shard_along(groups_of(sharded), 8)(sharded.down.weight) == Shard(0)  # 8 does not divide 132
+    fully_shard(sharded, mesh=mesh, shard_placement_fn=placement)
+    optimizers = [
+        ProjectedOptimizer(groups_of(net), gradients="project", state_dtype=torch.int8) for net in (single, sharded)
+    ]
+    tokens = torch.randint(0, 70, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    nn.functional.cross_entropy(single(tokens[0]), tokens[1]).backward()
+    optimizers[0].step()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    back = ProjectedOptimizer(groups_of(single), gradients="project", state_dtype=torch.int8)
+    back.load_state_dict(optimizers[1].state_dict())
+    for p, q in zip(single.parameters(), sharded.parameters(), strict=True):
+        for key, X in optimizers[0].state[p].items():
+            assert torch.equal(whole(optimizers[1].state[q][key]), X), key
+            assert torch.equal(back.state[p][key], X), key
+    dist.destroy_process_group()
+
+
+def test_errors_copies_and_loading(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(check_the_rest, (str(tmp_path / "group"),), nprocs=2)
