@@ -59,6 +59,8 @@ class Backward:
 
     def clear(self) -> None:
         """Forget what the hooks kept since the last step."""
+        if (optimizer := self.optimizer()) and optimizer.copies:
+            optimizer.copies.clear()
         self.low_rank.clear()
         self.updated.clear()
 
@@ -76,12 +78,19 @@ class Backward:
         group = optimizer.group_of(p)
         if "rank" not in group or (p not in self.low_rank and optimizer.refresh_due(p)):
             return
+        copies = optimizer.copies
+        if copies:
+            copies.interrupt(p)
         self.low_rank[p] = optimizer.low_rank_gradient(group, p, G, self.low_rank.get(p))
+        if copies and copies.syncing:
+            copies.start(p, self.low_rank[p])
         p.grad = None
 
     @torch.no_grad()
     def _update(self, p: Tensor) -> None:
         optimizer, _ = self._take(p)
+        if optimizer.copies and "rank" not in optimizer.group_of(p):
+            return  # DistributedDataParallel has not averaged it yet
         if p in self.updated:
             raise ValueError(
                 "gradients='update' got a second gradient of a parameter before step(): call optimizer.step() after every "

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -54,6 +55,9 @@ from subspan.optim.sweep import OWN
 from subspan.optim.update import stores_in_few_bits, update_weight
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from subspan.optim.copies import Copies
     from subspan.optim.shards import Shards
 
 Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor, Tensor]
@@ -101,6 +105,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         basis_dtype: dtype of the basis, torch.int4 for packed codes; None: the parameter's.
         stochastic_rounding: round updates of bf16 weights at random, so that small ones add up instead of being lost: the mean of
             the rounded weight is the exact one. fp32 weights are exact without; INT8 weights (int8.py) are always rounded so.
+        average_over: the process group whose processes train copies of the model on different data: low-rank gradients are
+            averaged over it, r/d of what whole gradients would send, with gradients="project" while the backward pass goes on.
+            Gradients of dense parameters are left to DistributedDataParallel, from which `ignore_projected` keeps the others.
+            None: gradients are those of all data already, or sharded by fully_shard.
         compile: make one pass over memory of a rule and its moments with torch.compile, for Adam, Lion, SGDMomentum and rules
             like them; the first step then takes longer. Eager, after a warning, where there is no compiler. Adam on fp32
             moments takes one pass without it, by torch's own kernel.
@@ -135,6 +143,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         basis_dtype: torch.dtype | None = None,
         mask_null: bool = True,
         stochastic_rounding: bool = False,
+        average_over: ProcessGroup | None = None,
         compile: bool = False,
     ) -> None:
         rule = Adam() if rule is None else rule
@@ -164,6 +173,16 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 f"combine={combine!r} needs full gradients, of which gradients='project' keeps projections: use "
                 "gradients='hold', or 'update' without micro-batches and clipping"
             )
+        if combine is not None and average_over is not None:
+            raise ValueError(
+                f"combine={combine!r} needs full gradients of all data, of which average_over sends projections: use "
+                "DistributedDataParallel for the whole model, or fully_shard, and average_over=None"
+            )
+        self.copies: Copies | None = None
+        if average_over is not None:
+            from subspan.optim.copies import Copies
+
+            self.copies = Copies(average_over)
         self.combine = combine
         self.rule = rule
         self.dense_rule = dense_rule
@@ -377,14 +396,29 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         steps with a refresh). In `update` mode the hooks have refreshed and updated already: the norm is what they saw.
         """
         refresh = True
+        if self.copies:
+            self.copies.wait()
         if any(p.grad is not None and self.refresh_due(p) for p in self._index):
             seen = [self._norm(p, local(p.grad)) for _, p in self._parameters() if p.grad is not None]
             seen += [self._norm(p, R) for p, R in (self._backward.low_rank.items() if self._backward else ())]
-            refresh = bool(self._total(seen if loss is None else [*seen, loss.detach().float()]).isfinite())
+            total = self._total(seen if loss is None else [*seen, loss.detach().float()])
+            refresh = bool(self._everywhere(total).isfinite())
         self.prepared = list(self._low_rank_gradients(refresh))
         norms = list(self._backward.updated.values()) if self._backward else []
         self.grad_norm = self._total([*norms, *(norm for *_, norm, _ in self.prepared)])
         return self.grad_norm
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """With `average_over`: backward passes inside leave averaging to a later one, or to step(). For all but the last
+        micro-batch of a step, as DistributedDataParallel's; results are the same without, for more traffic."""
+        if self.copies:
+            self.copies.syncing = False
+        try:
+            yield
+        finally:
+            if self.copies:
+                self.copies.syncing = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; forgets the low-rank gradients of `project` mode too."""
@@ -400,7 +434,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if refresh and self.refresh_due(p):
             with mark("refresh"):
                 self._refresh_basis(group, p, p.grad)
-        return self.low_rank_gradient(group, p, p.grad)
+        R = self.low_rank_gradient(group, p, p.grad)
+        if self.copies:
+            self.copies.average(R)
+        return R
 
     def low_rank_gradient(self, group: dict[str, Any], p: Tensor, G: Tensor, R: Tensor | None = None) -> Tensor:
         """Q^T A (r, k) of p's gradient G, added to R if there is one. For moments in codes it lies as they do."""
@@ -499,6 +536,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for group, p in self._parameters():
             if p in taken:
                 R = taken.pop(p)
+                if self.copies:
+                    self.copies.settle(p, R)
             elif p.grad is not None:
                 R = self.project(group, p, refresh)
             else:
@@ -506,6 +545,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             if self.gradients == "project" and "rank" in group:
                 p.grad = None
             yield group, p, R, *self.gauge(group, p, R)
+
+    def _everywhere(self, X: Tensor) -> Tensor:
+        """The largest of a number (0-d) on all processes, so that all decide alike."""
+        if self.copies:
+            return self.copies.max(X)
+        shards = next((shards for shards in self._shards.values() if shards is not None), None)
+        return X if shards is None else shards.max_everywhere(X)
 
     @staticmethod
     def _total(norms: Sequence[Tensor]) -> Tensor:
@@ -542,10 +588,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         state, shards = self.state_here(p), self._shards[p]
         here = local(G)
         most = torch.linalg.vector_norm(here, ord=math.inf) if here.numel() else here.new_zeros(())
-        largest = float(most if shards is None else shards.max(most))
+        sharers = self.copies or shards
+        largest = float(most if sharers is None else sharers.max(most))
         if math.isfinite(largest) and largest > 0:
             batch = shards if shards is not None and shards.axis == "batch" else None
             G = as_matrix((here if batch else G).contiguous(), group)  # of a batch every process finds its own bases
+            G = self.copies.spread(G) if self.copies else G
             rank = self.shapes(p)[0][-1]
             count = self._timetable.refreshes[p]
             old = self.basis(p)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from subspan.optim.copies import largest
 from subspan.optim.dtensors import local
 from subspan.optim.groups import matrix_shape
 from subspan.optim.projectors import Side, pick_side
@@ -88,9 +89,13 @@ class Shards:
         return Q.narrow(0, *self.mine(self.rows))
 
     def max(self, X: Tensor) -> Tensor:
-        """The largest of a number (0-d) of every process."""
-        X = X.clone()
-        dist.all_reduce(X, op=dist.ReduceOp.MAX, group=self.mesh.get_group(self.dim))
+        """The largest of a number (0-d) of every process with a part; inf for nan."""
+        return largest(X, self.mesh.get_group(self.dim))
+
+    def max_everywhere(self, X: Tensor) -> Tensor:
+        """The same of every process with a part or a copy."""
+        for dim in range(self.mesh.ndim):
+            X = largest(X, self.mesh.get_group(dim))
         return X
 
     # R, U and moments are cut by columns, or as a dense parameter or a batch is.
