@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from subspan.distributed import ignore_projected
 from subspan.optim.combine import Fira
-from subspan.optim.copies import ignore_projected
 from subspan.optim.groups import param_groups
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.projectors import SVD, RandomizedSVD

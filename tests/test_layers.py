@@ -54,6 +54,7 @@ LAYERS = {
     "budget": 5,
     "cli": 5,
     "compat": 5,
+    "distributed": 5,
     "report": 5,
 }
 # Presets are the optimizer with a rule; the optimizer reads groups and owns its hooks, which know its type, and both go through
@@ -122,6 +123,7 @@ TORCH_ALONE = {
     "memory",
     "simulation",
     "compat",
+    "distributed",
 }
 
 

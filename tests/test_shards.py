@@ -15,13 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from subspan.distributed import shard_along
 from subspan.optim.combine import Apollo, Fira, Frugal
 from subspan.optim.groups import param_groups
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.projectors import SVD, Random, RandomizedSVD
 from subspan.optim.refresh import Refresh
 from subspan.optim.rules import Adafactor, Adam, ColumnNorm, Lion, Muon, SGDMomentum
-from subspan.optim.shards import shard_along
 
 RANK, GAP, STEPS = 32, 2, 6  # three refreshes
 HIDDEN, WIDE = 64, 132  # WIDE / 4 = 33 columns a process
