@@ -21,20 +21,32 @@ def of(results: list[dict[str, Any]], method: str, steps: int) -> list[dict[str,
     return [result for result in results if result["method"] == method and result["steps"] == steps]
 
 
+def pairs(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The long runs of every method at every pair of rates, seeds together; the best first."""
+    groups: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
+    for name in METHODS:
+        for run in of(results, name, LONG):
+            groups.setdefault((name, run["lr"], run["dense_lr"]), []).append(run)
+    return sorted(groups.values(), key=mean_loss)
+
+
+def mean_loss(runs: list[dict[str, Any]]) -> float:
+    return mean(run["valid_loss"] for run in runs)
+
+
 def long_runs(results: list[dict[str, Any]]) -> str:
     lines = [
         "| method | lr, dense lr | seeds | validation loss | spread | perplexity | state, MiB | peak memory, MiB | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    found = [(name, runs) for name in METHODS if (runs := of(results, name, LONG))]
-    for name, runs in sorted(found, key=lambda item: mean(run["valid_loss"] for run in item[1])):
+    for runs in pairs(results):
         losses = [run["valid_loss"] for run in runs]
         spread = f"{stdev(losses):.4f}" if len(losses) > 1 else "-"
         rates = f"{runs[0]['lr']:g}, {runs[0]['dense_lr']:g}"
         numbers = [f"{mean(run[key] for run in runs) / 2**20:.1f}" for key in ("state_bytes", "peak_memory_bytes")]
         lines.append(
-            f"| {name} | {rates} | {len(runs)} | {mean(losses):.4f} | {spread} | {math.exp(mean(losses)):.2f} | "
-            f"{' | '.join(numbers)} | {mean(run['seconds'] for run in runs):.0f} |"
+            f"| {runs[0]['method']} | {rates} | {len(runs)} | {mean(losses):.4f} | {spread} | "
+            f"{math.exp(mean(losses)):.2f} | {' | '.join(numbers)} | {mean(run['seconds'] for run in runs):.0f} |"
         )
     return "\n".join(lines)
 
@@ -57,17 +69,19 @@ def draw(results: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, (curves, state) = plt.subplots(1, 2, figsize=(13, 5))
-    for name in METHODS:
-        if runs := of(results, name, LONG):
-            points = runs[0]["loss"]
-            means = [
-                [mean(column) for column in zip(*points[i : i + 20], strict=True)] for i in range(0, len(points), 20)
-            ]
-            curves.plot([tokens / 1e6 for tokens, _ in means], [loss for _, loss in means], linewidth=0.8, label=name)
-            losses, size = [run["valid_loss"] for run in runs], runs[0]["state_bytes"] / 2**20
-            spread = stdev(losses) if len(losses) > 1 else 0
-            state.errorbar(size, mean(losses), yerr=spread, fmt="o", markersize=4)
-            state.annotate(name, (size, mean(losses)), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    drawn: set[str] = set()
+    for runs in pairs(results):
+        name = runs[0]["method"]
+        if name in drawn:
+            continue  # at other rates, which were worse
+        drawn.add(name)
+        points = runs[0]["loss"]
+        means = [[mean(column) for column in zip(*points[i : i + 20], strict=True)] for i in range(0, len(points), 20)]
+        curves.plot([tokens / 1e6 for tokens, _ in means], [loss for _, loss in means], linewidth=0.8, label=name)
+        losses, size = [run["valid_loss"] for run in runs], runs[0]["state_bytes"] / 2**20
+        spread = stdev(losses) if len(losses) > 1 else 0
+        state.errorbar(size, mean(losses), yerr=spread, fmt="o", markersize=4)
+        state.annotate(name, (size, mean(losses)), fontsize=7, xytext=(4, 3), textcoords="offset points")
     curves.set(xlabel="million tokens", ylabel="training loss, mean over 200 steps")
     curves.legend(fontsize=6)
     state.set(xlabel="optimizer state, MiB", ylabel="validation loss")
