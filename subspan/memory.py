@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from subspan.optim.dtensors import local
 from subspan.optim.int8 import stored_tensors
 from subspan.optim.optimizer import ProjectedOptimizer
 
@@ -51,7 +52,7 @@ class MemoryTable:
 def count_memory(model: nn.Module, optimizer: torch.optim.Optimizer) -> MemoryTable:
     """Exact bytes of weights, of the gradients that wait between backward and step (the parameter's dtype; at most, with
     gradients="project") and of optimizer state as it is now: all of it for Subspan's optimizers, whose state exists from
-    construction. Works on meta tensors."""
+    construction. Works on meta tensors. Of sharded tensors, this process' parts."""
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     basis = moments = 0
@@ -154,4 +155,6 @@ def _text(path: Path) -> str:
 
 
 def _bytes(X: Tensor) -> int:
+    """On this process."""
+    X = local(X)
     return X.numel() * X.element_size()

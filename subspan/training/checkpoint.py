@@ -10,7 +10,8 @@ model.NAME.scale), optimizer.NAME.KEY with the name of the parameter, and rng.cp
 settings of the optimizer are not saved: they may change between two parts of a run.
 
 A checkpoint is written under a dot-name, synced and then renamed, and renamed to a dot-name before it is deleted: what is
-called step_* is whole whenever the process or the machine dies. SHA256SUMS tells whether it still is. One process writes.
+called step_* is whole whenever the process or the machine dies. SHA256SUMS tells whether it still is. Of several processes each
+writes the tensors, and parts of tensors, that it has, and another number of processes may read them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,11 @@ from subspan import __version__
 from subspan.extras import require
 from subspan.memory import available_memory
 from subspan.optim.int8 import Int8Weight
+
+if TYPE_CHECKING:
+    from subspan.training.processes import Processes
+
+T = TypeVar("T")
 
 FORMAT = 1
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
@@ -53,13 +59,16 @@ FIXES = {
 class Checkpointer:
     """Writes the checkpoints of one run into `folder` and keeps the newest `keep` that are whole.
 
-    Making one removes what a killed run left half-written in `folder`: no other process may be writing there.
+    Making one removes what a killed run left half-written in `folder`: no other run may be writing there.
     say: gets what went wrong, a line each, always in the thread that calls `save`.
+    processes: those of the run, if there are several: all of them save, together, and training waits for it.
 
     Raises ValueError: keep below 1, torch or safetensors too old or missing.
     """
 
-    def __init__(self, folder: Path, *, keep: int, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int, say: Callable[[str], None] = print, processes: Processes | None = None
+    ) -> None:
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
             raise ValueError(f"keep={keep!r} must be a whole number of at least 1")
         _engine()  # that it cannot write should not turn up at the first save
@@ -68,9 +77,9 @@ class Checkpointer:
         self._failure: OSError | None = None
         self._said_failure = self._said_slow = False
         self._whole: set[Path] = set()  # written or verified by this object: not read again to count them
-        _recover(folder)
-        for leftover in (path for suffix in ("tmp", "old", "gone") for path in folder.glob(f".step_*.{suffix}")):
-            shutil.rmtree(leftover)
+        self._together = processes is not None and processes.count > 1
+        self._once: Callable[[Callable[[], T]], T] = _call if processes is None else processes.first_does
+        self._once(self._clean)
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> None:
         """Copy everything to host memory and return; a thread writes the copy to `folder`/step_<step>.
@@ -95,10 +104,16 @@ class Checkpointer:
             "versions": {"subspan": __version__, "torch": torch.__version__},
             **_description(_trained(model, optimizer), optimizer, tensors),
         }
+        if self._together:
+            tensors = {name: X.contiguous() for name, X in tensors.items()}
         try:
             text = json.dumps(manifest, indent=1) + "\n"
         except (TypeError, ValueError) as error:
             raise ValueError(f"progress is no JSON ({error}): use dicts, lists, strings and numbers") from None
+        if self._together:
+            self._attempt(step, tensors, text)
+            self._say_failure()
+            return
         sizes = [X.nbytes for X in tensors.values()]
         room = available_memory()
         need = sum(sizes) + 2 * min(sum(sizes), max(FILE_BYTES, *sizes))  # the copy, and the writer's own two of a file
@@ -137,7 +152,7 @@ class Checkpointer:
         """Write, then delete what is too old. Whatever fails is kept for the caller's thread: training goes on."""
         try:
             self._write(step, tensors, manifest)
-            self._rotate(step)
+            self._once(lambda: self._rotate(step))
         except Exception as error:
             intact = f"{max(self._whole)} is intact" if self._whole else f"what {self.folder} had is untouched"
             self._failure = OSError(
@@ -150,13 +165,24 @@ class Checkpointer:
     def _write(self, step: int, tensors: dict[str, Tensor], manifest: str) -> None:
         path = self.folder / f"step_{step:08d}"
         temporary = self.folder / f".{path.name}.tmp"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _sync(self.folder.parent)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+
+        def begin() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _sync(self.folder.parent)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+
+        self._once(begin)
+        try:
+            _write_tensors(tensors, temporary, self._together)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._once(lambda: self._finish(path, temporary, manifest))
+
+    def _finish(self, path: Path, temporary: Path, manifest: str) -> None:
         replaced: Path | None = None
         try:
-            _write_tensors(tensors, temporary)
             (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
             (temporary / SUMS).write_bytes(_sums(temporary))
             for written in (*temporary.iterdir(), temporary):
@@ -172,6 +198,11 @@ class Checkpointer:
         self._whole.add(path)
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)
+
+    def _clean(self) -> None:
+        _recover(self.folder)
+        for leftover in (path for suffix in ("tmp", "old", "gone") for path in self.folder.glob(f".step_*.{suffix}")):
+            shutil.rmtree(leftover)
 
     def _rotate(self, step: int) -> None:
         """Delete what is older than the `keep` newest whole checkpoints up to `step`.
@@ -238,16 +269,20 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def load(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def load(path: Path, model: nn.Module, optimizer: Optimizer, processes: Processes | None = None) -> dict[str, Any]:
     """Put the checkpoint's weights, buffers, optimizer state and random number states in place.
 
     Returns the `progress` it was saved with, and in it `step`. Settings in the optimizer's groups stay the current ones.
-    States of GPUs that are not in use here are left out.
+    States of GPUs that are not in use here are left out. processes: of the run, if there are several: all of them load, whatever
+    number it was saved by.
 
     Raises ValueError, one line and with nothing changed: the checkpoint is damaged, or of another model or optimizer
     (names, shapes, dtypes, rule, rank, proj_type, view).
     """
-    manifest = verify(path)
+    once: Callable[[Callable[[], dict[str, Any]]], dict[str, Any]] = (
+        _call if processes is None else processes.first_does
+    )
+    manifest = once(lambda: verify(path))
     trained, tensors, random_states = _trained(model, optimizer), _tensors(model, optimizer), _random_states()
     random_states = {name: X for name, X in random_states.items() if name in manifest["tensors"]}
     state_from_the_start = hasattr(optimizer, "rule")  # ours; torch's have none before their first step
@@ -258,7 +293,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         tensors |= {f"optimizer.{name}.{key}": X for name, values in state.items() for key, X in values.items()}
     tensors |= random_states
     _check_same(path, manifest, _description(trained, optimizer, tensors))
-    _read_tensors(tensors, path)
+    _read_tensors(tensors, path, processes is not None and processes.count > 1)
     if state_from_the_start:
         optimizer.load_state_dict(optimizer.state_dict())  # the tensors are loaded: this reads the counters from them
     else:
@@ -410,17 +445,21 @@ def _engine() -> Any:
     return engine
 
 
-def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+def _write_tensors(tensors: dict[str, Tensor], folder: Path, together: bool) -> None:
     engine = _engine()
     writer = engine.HuggingFaceStorageWriter(str(folder), _file_numbers(tensors), save_distributed=True)
     writer.per_thread_copy_ahead = 0  # a tensor at a time: to copy ahead it would start CUDA, in a run on the CPU too
-    _raising(engine.save, tensors, storage_writer=writer, no_dist=True)
+    _raising(engine.save, tensors, storage_writer=writer, no_dist=not together)
 
 
-def _read_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+def _read_tensors(tensors: dict[str, Tensor], folder: Path, together: bool) -> None:
     """Fill `tensors` in place."""
     engine = _engine()
-    _raising(engine.load, tensors, storage_reader=engine.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    _raising(engine.load, tensors, storage_reader=engine.HuggingFaceStorageReader(str(folder)), no_dist=not together)
+
+
+def _call(what: Callable[[], T]) -> T:
+    return what()
 
 
 def _raising(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

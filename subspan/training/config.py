@@ -347,6 +347,26 @@ class RunConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """The processes of a run, N = shard x replicate: `torchrun --nproc-per-node N -m subspan train ...` starts them."""
+
+    shard: int = 1
+    """processes that hold a part each of weights, gradients and moments (FSDP2)"""
+    replicate: int = 1
+    """copies of the model, or of its parts: each trains on its own share of a batch, and gradients are averaged, low-rank ones
+    where shard is 1 and the preset has them"""
+
+    def __post_init__(self) -> None:
+        check_whole("parallel.shard", self.shard, minimum=1)
+        check_whole("parallel.replicate", self.replicate, minimum=1)
+
+    @property
+    def count(self) -> int:
+        """Processes in all."""
+        return self.shard * self.replicate
+
+
+@dataclass
 class TrainConfig:
     """A whole run."""
 
@@ -354,10 +374,12 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     resume: str | None = None
     """auto: go on from the newest good checkpoint in run.out, or start; or the folder of a checkpoint or of a run"""
 
     def __post_init__(self) -> None:
+        self._check_parallel()
         if self.optim.gradients == "update" and self.run.micro_batch not in (None, self.run.batch_size):
             raise ValueError(
                 f"run.micro_batch={self.run.micro_batch} makes several backward passes of a step, and "
@@ -382,13 +404,55 @@ class TrainConfig:
                 f"run.eval_sequences is needed with the stream of data.dataset={self.data.dataset!r}: 1000, say"
             )
 
+    def _check_parallel(self) -> None:
+        count = self.parallel.count
+        if count == 1:
+            return
+        if self.run.batch_size % (count * (self.run.micro_batch or 1)):
+            raise ValueError(
+                f"run.batch_size={self.run.batch_size} is no multiple of {count} processes times "
+                f"run.micro_batch={self.run.micro_batch or 1} sequences: change one of them"
+            )
+        for name, given in (
+            ("model.baseline", self.model.baseline),
+            ("run.diagnostics", self.run.diagnostics),
+            ("run.profile", self.run.profile),
+            ("model.int8", self.int8_weights),
+        ):
+            if given:
+                raise ValueError(
+                    f"{name}={given} works on one process alone: drop it, or --parallel.shard and .replicate"
+                )
+        if self.parallel.shard == 1 and not self.averages_low_rank and self.optim.gradients == "update":
+            raise ValueError(
+                "optim.gradients=update changes weights before gradients are averaged, and "
+                f"optim.preset={self.optim.preset} has no low-rank ones: use optim.gradients=hold, or --parallel.shard"
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of a pass on one process."""
+        return self.run.micro_batch or self.run.batch_size // self.parallel.count
+
+    @property
+    def averages_low_rank(self) -> bool:
+        """Whether copies of the model average low-rank gradients instead of whole ones."""
+        parallel = self.parallel
+        return parallel.shard == 1 < parallel.replicate and self.optim.preset not in {*FULL_RANK, *FULL_GRADIENT}
+
     @property
     def int8_weights(self) -> bool:
         """Whether the weights of attention and MLP are kept in 8 bits."""
         return self.optim.preset == "qgalore" if self.model.int8 is None else self.model.int8
 
 
-SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "run": RunConfig,
+    "parallel": ParallelConfig,
+}
 
 
 def save_config(config: Any, path: Path) -> None:

@@ -223,8 +223,9 @@ class StreamDataset(IterableDataset[dict[str, Tensor]]):
     """Packed sequences from a `datasets` name (or folder), read as a stream: nothing is downloaded as a whole.
 
     Items are those of `PackedDataset`. The order is the source's own: a shuffle buffer would lose its rows when a run
-    is continued, so there is none. At the end the stream begins again, unless `repeat` is False. Each of `world_size`
-    processes reads its own part.
+    is continued, so there is none. At the end the stream begins again, unless `repeat` is False. All of `world_size`
+    processes read it, and each takes every `world_size`-th sequence: what they take together, and where they stand, does not
+    depend on their number.
 
     `state_dict()` is plain JSON: the position in the source, from `datasets`, and the tokens read but not yet used.
     After `load_state_dict()` the next iteration goes on with the very next sequence.
@@ -255,8 +256,7 @@ class StreamDataset(IterableDataset[dict[str, Tensor]]):
             raise ValueError(
                 f"data.dataset={name!r} (config {config!r}, split {split!r}) cannot be opened: {first_line(error)}"
             ) from error
-        split_by_node = require("datasets.distributed", "train").split_dataset_by_node
-        self.source = split_by_node(source, rank=rank, world_size=world_size)
+        self.source = source
         self.where = f"data.dataset={name!r}"
         self.rank, self.world_size = rank, world_size
         self.encode = batch_encoder(tokenizer)
@@ -293,17 +293,16 @@ class StreamDataset(IterableDataset[dict[str, Tensor]]):
             if not self.repeat:
                 return
             if silent_epochs == 2:
-                raise ValueError(
-                    f"{self.where} has no rows for rank {self.rank} of {self.world_size}: use another split"
-                )
+                raise ValueError(f"{self.where} has no rows: use another split")
             self.epoch += 1
             self.source.set_epoch(self.epoch)  # the loaded position holds for its own epoch only: this starts over
 
     def _full_sequences(self) -> Iterator[dict[str, Tensor]]:
-        while len(self.tokens) >= self.seq_len:
-            # Removed before they are yielded: whoever asks for the state then gets the one behind this sequence.
-            piece = self.tokens[: self.seq_len]
-            del self.tokens[: self.seq_len]
+        first, all_of_them = self.rank * self.seq_len, self.world_size * self.seq_len
+        while len(self.tokens) >= all_of_them:
+            # Removed before they are yielded: whoever asks for the state then gets the one behind these sequences.
+            piece = self.tokens[first : first + self.seq_len]
+            del self.tokens[:all_of_them]
             yield _sample(torch.tensor(piece, dtype=torch.int64), self.border)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +26,19 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Iterable[Batch], *, paper_compatible: bool = False, autocast: bool = False
+    model: nn.Module,
+    loader: Iterable[Batch | tuple[Batch, bool]],
+    *,
+    paper_compatible: bool = False,
+    autocast: bool = False,
+    total: Callable[[Tensor], Tensor] = lambda X: X,
 ) -> EvalResult:
     """Loss of a causal LM over `loader`: every token weighs the same, logits are cast to fp32 first.
 
     paper_compatible: the published number instead, the sum of N batch means over N + 1 (jiaweizzhao/GaLore counts batches
     from 1). It is lower than the loss by a factor N / (N + 1), so it depends on the batch size.
     autocast: bfloat16 arithmetic in the model, as in a run with run.autocast.
+    loader: batches; of several processes, (batch, whether it counts), `Processes.deal`. total: what then makes sums over all.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -40,22 +46,27 @@ def evaluate(
     sums: list[Tensor] = []
     counts: list[int] = []
     try:
-        for batch in loader:
+        for item in loader:
+            batch, counts_too = item if isinstance(item, tuple) else (item, True)
             inputs = to_device(batch, device)
             labels = inputs.pop("labels")[:, 1:]
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 logits = model(**inputs, use_cache=False).logits[:, :-1]
-            sums.append(nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum"))
-            counts.append(trained_tokens(batch["labels"]))
+            if counts_too:
+                sums.append(
+                    nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+                )
+                counts.append(trained_tokens(batch["labels"]))
     finally:
         model.train(training)
-    if not sum(counts):
+    losses = torch.stack(sums).tolist() if sums else []  # one host sync for all batches
+    loss, tokens = total(torch.tensor([sum(losses), sum(counts)], dtype=torch.float64)).tolist()
+    if not tokens:
         raise ValueError("the validation text has no token to predict: give more text with --data.valid_files")
-    losses = torch.stack(sums).tolist()  # one host sync for all batches
     if paper_compatible:
         means = [loss / count for loss, count in zip(losses, counts, strict=True) if count]
         return EvalResult(sum(means) / (len(means) + 1), sum(counts))
-    return EvalResult(sum(losses) / sum(counts), sum(counts))
+    return EvalResult(loss / tokens, int(tokens))
 
 
 def trained_tokens(labels: Tensor) -> int:

@@ -122,11 +122,16 @@ def compile_blocks(model: PreTrainedModel) -> None:
     Block by block, because a model compiled as a whole keeps every gradient alive until its backward pass ends; equal blocks
     share one compilation. Raises ValueError for a model without blocks.
     """
-    blocks = list(_outermost_lists(model))
+    blocks = blocks_of(model)
     if not blocks:
         raise ValueError("model.compile=true finds no ModuleList of blocks in this model: set it false")
     for block in blocks:
         block.compile()
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """A model's repeated blocks: the modules of its outermost ModuleLists."""
+    return list(_outermost_lists(model))
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[nn.Module]:
@@ -134,14 +139,14 @@ def _outermost_lists(module: nn.Module) -> Iterator[nn.Module]:
         yield from child if isinstance(child, nn.ModuleList) else _outermost_lists(child)
 
 
-def save_pretrained(model: PreTrainedModel, folder: Path) -> None:
+def save_pretrained(model: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """`model.save_pretrained`, INT8 weights as ordinary ones of the dtype they look like: what AutoModelForCausalLM loads.
 
     They are dequantized one by one into host memory, where transformers wants all tensors of a model at once: there it takes
-    the bytes of the model in floating form.
+    the bytes of the model in floating form. state: tensors to save instead of the model's own.
     """
     plain: dict[int, torch.Tensor] = {}  # of tied weights one
-    state = model.state_dict()
+    state = model.state_dict() if state is None else state
     for key, W in state.items():
         if isinstance(W, Int8Weight):
             if id(W.codes) not in plain:

@@ -44,8 +44,9 @@ class StopSignal:
     A second Ctrl-C is an ordinary one. Outside the main thread, where Python has no signals, it never asks for anything.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, say: Callable[[str], None], agree: Callable[[int], int] = lambda number: number) -> None:
+        """agree: the largest of a number of every process, where there are several."""
+        self.say, self.agree = say, agree
         self.number: int | None = None
         self.before: dict[int, Any] = {}
 
@@ -69,9 +70,13 @@ class StopSignal:
     def until_asked(self, items: Iterable[T]) -> Iterator[T]:
         """`items`, up to the request: then `Interrupted`."""
         for item in items:
-            if self.number is not None:
+            if self.asked() is not None:
                 raise Interrupted
             yield item
+
+    def asked(self) -> int | None:
+        """The signal that any process got, None if none did."""
+        return self.agree(self.number or 0) or None
 
 
 class Interrupted(Exception):

@@ -107,6 +107,31 @@ class RunLog:
                 self.events.add_scalar(name, value, step)
 
 
+class Silence(RunLog):
+    """The log of a process that is not the first: none."""
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def refreshes(self, step: int, rows: list[dict[str, Any]]) -> None:
+        pass
+
+    def step(self, step: int, **values: float) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+
 def describe_summary(summary: dict[str, Any], command: str = "subspan") -> str:
     """The result of a run for people. `command` is what to type for subspan."""
     config, sizes = summary["config"], summary["bytes"]

@@ -45,10 +45,17 @@ class Text:
         return eval_loader(self.valid, batch_size=batch_size, max_sequences=max_sequences)
 
 
-def load_data(data: DataConfig, tokenizer_name: str | None, *, training: bool = True) -> Text:
-    """Text, tokenizer and sequences as `data` says. ValueError for text that cannot be read or is too short."""
-    load = _load_stream if data.dataset else _load_chat if data.format == "chat" else _load_files
-    return load(data, tokenizer_name, Path(data.cache_dir).expanduser(), training)
+def load_data(
+    data: DataConfig, tokenizer_name: str | None, *, training: bool = True, rank: int = 0, world_size: int = 1
+) -> Text:
+    """Text, tokenizer and sequences as `data` says. ValueError for text that cannot be read or is too short.
+
+    rank, world_size: of this process, for a stream to train on; files are shared out by `make_loader`.
+    """
+    cache = Path(data.cache_dir).expanduser()
+    if data.dataset:
+        return _load_stream(data, tokenizer_name, cache, training, rank, world_size)
+    return (_load_chat if data.format == "chat" else _load_files)(data, tokenizer_name, cache, training)
 
 
 def _load_files(data: DataConfig, tokenizer_name: str | None, cache: Path, training: bool) -> Text:
@@ -82,11 +89,13 @@ def _load_chat(data: DataConfig, tokenizer_name: str | None, cache: Path, traini
     return Text(train, valid, tokenizer, f"{len(rows[0]):,} conversations, {len(rows[1]):,} to validate on", sha256)
 
 
-def _load_stream(data: DataConfig, tokenizer_name: str | None, cache: Path, training: bool) -> Text:
+def _load_stream(
+    data: DataConfig, tokenizer_name: str | None, cache: Path, training: bool, rank: int, world_size: int
+) -> Text:
     name = data.dataset or ""
     tokenizer = get_tokenizer(tokenizer_name, vocab_size=data.vocab_size, corpus=None, cache_dir=cache)
 
-    def stream(split: str, repeat: bool) -> Dataset[Batch]:
+    def stream(split: str, repeat: bool, **share: int) -> Dataset[Batch]:
         return StreamDataset(
             name,
             tokenizer,
@@ -96,9 +105,10 @@ def _load_stream(data: DataConfig, tokenizer_name: str | None, cache: Path, trai
             text_key=data.text_key,
             keep_documents_apart=data.keep_documents_apart,
             repeat=repeat,
+            **share,
         )
 
-    train = stream(data.split, True) if training else None
+    train = stream(data.split, True, rank=rank, world_size=world_size) if training else None
     description = f"{' '.join(filter(None, (name, data.dataset_config)))}, streamed"
     return Text(train, stream(data.valid_split, False), tokenizer, description, None)
 

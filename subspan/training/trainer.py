@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from subspan.diagnostics import Diagnostics
 from subspan.extras import require
 from subspan.memory import count_memory, peak_memory
+from subspan.optim.dtensors import whole
 from subspan.optim.groups import describe_groups, param_groups
 from subspan.optim.marks import mark
 from subspan.optim.optimizer import ProjectedOptimizer
@@ -32,6 +33,7 @@ from subspan.training.config import OptimConfig, RunConfig, TrainConfig, save_co
 from subspan.training.data import StreamDataset, make_loader
 from subspan.training.evaluation import Batch, EvalResult, evaluate, to_device, trained_tokens
 from subspan.training.models import build_model, compile_blocks, model_config, save_pretrained
+from subspan.training.processes import Processes
 from subspan.training.profile import SKIPPED, StepProfiler
 from subspan.training.resume import (
     CHECKPOINTS,
@@ -43,7 +45,7 @@ from subspan.training.resume import (
     find_start,
     text_identity,
 )
-from subspan.training.runlog import RunLog, json_ready
+from subspan.training.runlog import RunLog, Silence, json_ready
 from subspan.training.text import check_vocabulary, load_data, tokenizer_name
 
 if TYPE_CHECKING:
@@ -60,14 +62,14 @@ PROJECTORS = {"subspace_iteration": SubspaceIteration, "svd": SVD, "randomized_s
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """The optimizer of `config.optim` over the parameter groups of `model`."""
-    return make_optimizer(model, config.optim, config.run.seed)
+    average_over = torch.distributed.group.WORLD if config.averages_low_rank else None
+    return make_optimizer(model, config.optim, config.run.seed, average_over=average_over)
 
 
-def make_optimizer(model: nn.Module, optim: OptimConfig, seed: int, stagger: int | None = None) -> ProjectedOptimizer:
-    """The same by parts. stagger: steps within which every random first basis is replaced; None: the optimizer's own way."""
+def groups_of(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """The parameter groups of `model`."""
     assert optim.scale is not None  # OptimConfig has filled it in
-    assert optim.gradients is not None
-    groups = param_groups(
+    return param_groups(
         model,
         rank=None if optim.preset in FULL_RANK else optim.rank,
         targets=optim.targets,
@@ -78,6 +80,14 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, seed: int, stagger: int
         split=optim.preset == "scale_sgd",
         verbose=False,
     )
+
+
+def make_optimizer(
+    model: nn.Module, optim: OptimConfig, seed: int, stagger: int | None = None, **more: Any
+) -> ProjectedOptimizer:
+    """The same by parts. stagger: steps within which every random first basis is replaced; None: the optimizer's own way.
+    more: for the optimizer."""
+    assert optim.gradients is not None
     given: dict[str, Any] = {
         "betas": tuple(optim.betas) if optim.betas else None,
         "eps": optim.eps,
@@ -90,7 +100,7 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, seed: int, stagger: int
         "max_grad_norm": optim.max_grad_norm or None,
     }
     return PRESETS[optim.preset](
-        groups,
+        groups_of(model, optim),
         optim.lr,
         weight_decay=optim.weight_decay,
         refresh=Refresh(
@@ -105,6 +115,7 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, seed: int, stagger: int
         ),
         gradients=optim.gradients,
         compile=optim.compile,
+        **more,
         **{key: value for key, value in given.items() if value is not None},
     )
 
@@ -117,10 +128,20 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     Raises ValueError (one line) for anything in `config` that does not fit the text, the model, the machine or the checkpoint,
     before the run folder is touched; Stopped when Ctrl-C or SIGTERM asked for it, with everything saved;
     FloatingPointError when `MAX_SKIPPED` steps in a row are not finite.
+
+    Of several processes (config.parallel) all train, and the first one writes and speaks.
     """
-    run = config.run
-    out, checkpoint = find_start(config)
-    device = find_device(run.device)
+    processes = Processes(config.parallel)
+    try:
+        return _train(config, build_optimizer, processes)
+    finally:
+        processes.leave()
+
+
+def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Processes) -> dict[str, Any]:
+    run, say = config.run, processes.say
+    out, checkpoint = processes.first_does(lambda: find_start(config))
+    device = processes.device(find_device(run.device))
     if run.threads:
         torch.set_num_threads(run.threads)
     if device.type == "cuda":
@@ -128,10 +149,13 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     torch.manual_seed(run.seed)
 
     model_config(config.model.name, config.model.overrides)  # a wrong name should not have to wait for the text
-    corpus = load_data(config.data, tokenizer_name(config))
+    processes.first_does(
+        lambda: load_data(config.data, tokenizer_name(config)) and None
+    )  # the others find it in the cache
+    corpus = load_data(config.data, tokenizer_name(config), rank=processes.rank, world_size=processes.count)
     assert corpus.train is not None
-    micro_batch = run.micro_batch or run.batch_size
-    accumulation = run.batch_size // micro_batch
+    micro_batch = config.micro_batch
+    accumulation = run.batch_size // (micro_batch * processes.count)
     valid = corpus.valid_loader(micro_batch, run.eval_sequences)
 
     model = build_model(
@@ -153,18 +177,20 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
     if config.model.compile:
         compile_blocks(model)
 
+    processes.shard(model, groups_of(model, config.optim), device)
     optimizer = build_optimizer(model, config)
+    copy = processes.copy(model, optimizer)  # averages gradients after a backward pass
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     gradients = getattr(optimizer, "gradients", "hold")
     if gradients != "hold" and getattr(model, "_compiled_call_impl", None):
-        print(
+        say(
             f"warning: a model compiled as a whole keeps every gradient alive in spite of {gradients=}: compile its blocks"
         )
 
     progress = Progress(text=text_identity(config, corpus.sha256))
     if checkpoint:
-        saved = Progress(**load(checkpoint, model, optimizer))
+        saved = Progress(**load(checkpoint, model, optimizer, processes))
         check_text(checkpoint, saved.text, progress.text)
         if saved.step > run.steps:
             raise ValueError(f"run.steps={run.steps} is less than the {saved.step} steps of {checkpoint}: raise it")
@@ -184,29 +210,34 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
         batch_size=micro_batch,
         seed=run.seed,
         start=start,
+        rank=processes.rank,
+        world_size=processes.count,
         num_workers=workers,
         pin_memory=device.type != "cpu",
     )
     batches = iter(loader)  # endless
 
-    print(f"text   {corpus.description}")
+    say(f"text   {corpus.description}")
     weights = config.model.dtype + (", attention and MLP in int8" if config.int8_weights else "")
     changed = "".join(f" {key}={value}" for key, value in config.model.overrides.items())
-    print(f"model  {config.model.name}{changed}, {count_parameters(model):,} parameters, {weights}, {device}\n")
-    print(f"{describe_groups(optimizer.param_groups)}\n")
-    print(f"memory, without activations\n{count_memory(model, optimizer)}\n", flush=True)
+    say(f"model  {config.model.name}{changed}, {count_parameters(model):,} parameters, {weights}, {device}\n")
+    say(f"{describe_groups(optimizer.param_groups)}\n")
+    of = f" of each of {processes.count} processes" if processes.count > 1 else ""
+    say(f"memory{of}, without activations\n{count_memory(model, optimizer)}\n", flush=True)
 
     before = {"start": progress.step, "evaluated": progress.evaluated}
-    log = RunLog(out, steps=run.steps, log_every=run.log_every, **before)
-    checkpointer = Checkpointer(out / CHECKPOINTS, keep=run.keep_checkpoints, say=log.say)
-    out.mkdir(parents=True, exist_ok=True)
-    save_config(config, out / "config.yaml")  # before all else: it makes the folder one that --resume auto knows
+    log = (RunLog if processes.first else Silence)(out, steps=run.steps, log_every=run.log_every, **before)
+    checkpointer = Checkpointer(out / CHECKPOINTS, keep=run.keep_checkpoints, say=log.say, processes=processes)
+    if processes.first:
+        out.mkdir(parents=True, exist_ok=True)
+        save_config(config, out / "config.yaml")  # before all else: it makes the folder one that --resume auto knows
     watch = Diagnostics(optimizer, model) if run.diagnostics and isinstance(optimizer, ProjectedOptimizer) else None
     profiler = StepProfiler(out, run.profile, device, log.say) if run.profile else None
-    with log, profiler or nullcontext(), StopSignal(log.say) as stop:
+    with log, profiler or nullcontext(), StopSignal(log.say, processes.largest) as stop:
 
         def validate(step: int) -> EvalResult:
-            result = evaluate(model, stop.until_asked(valid), autocast=run.autocast)
+            dealt = processes.deal(stop.until_asked(valid))
+            result = evaluate(model, dealt, autocast=run.autocast, total=processes.sum)
             log.evaluation(step, tokens=progress.tokens, valid_loss=result.loss, perplexity=result.perplexity)
             progress.evaluated = step
             return result
@@ -215,11 +246,12 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
             due = run.eval_every and progress.step % run.eval_every == 0 and progress.step < run.steps
             return bool(due and progress.evaluated < progress.step)
 
-        def draw() -> tuple[list[Batch], list[int]]:
-            """The micro-batches of the next step, and the tokens that each of them trains on."""
+        def draw() -> tuple[list[Batch], list[int], int]:
+            """The micro-batches of the next step, the tokens that each of them trains on, and their sum over all processes."""
             progress.stream = stream.state_dict() if stream else None
             drawn = [next(batches) for _ in range(accumulation)]
-            return drawn, [trained_tokens(batch["labels"]) for batch in drawn]
+            counts = [trained_tokens(batch["labels"]) for batch in drawn]
+            return drawn, counts, processes.total(sum(counts))
 
         def save() -> None:
             progress.refresh_seconds = getattr(optimizer, "refresh_seconds", None)
@@ -234,8 +266,8 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
         if evaluation_due():  # it was cut short by a request to stop
             with suppress(Interrupted):
                 validate(progress.step)
-            if stop.number is not None:
-                raise save_and_stop(stop.number)
+            if (asked := stop.asked()) is not None:
+                raise save_and_stop(asked)
         upcoming = draw()
         for step in range(progress.step + 1, run.steps + 1):
             begin = time.perf_counter()
@@ -243,19 +275,22 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                 for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
                     group["lr"] = peak * lr_factor(step, run) * restart_factor(step, config)
 
-                micro_batches, counts = upcoming
+                micro_batches, counts, tokens = upcoming
                 loss = torch.zeros((), device=device)
-                for batch, count in zip(micro_batches, counts, strict=True):
-                    if not count:
+                for i, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
+                    if not count and processes.count == 1:
                         continue  # the mean over no tokens is not a number
-                    with mark("forward"), torch.autocast(device.type, torch.bfloat16, enabled=run.autocast):
-                        mean = model(**to_device(batch, device), use_cache=False).loss
-                    part = mean * (count / sum(counts))  # so that the parts add up to the mean over the step's tokens
-                    loss += part.detach()
-                    if gradients == "update" and not loss.isfinite():
-                        break  # the backward pass would change weights: here alone the loss is looked at before it
-                    with mark("backward"):
-                        part.backward()
+                    with copy.sync(last=i + 1 == accumulation):
+                        with mark("forward"), torch.autocast(device.type, torch.bfloat16, enabled=run.autocast):
+                            output = copy.model(**to_device(batch, device), use_cache=False)
+                            mean = output.loss if count else 0 * output.logits.sum()
+                        part = mean * (count / max(tokens, 1))  # the parts add up to the mean over the step's tokens
+                        loss += part.detach()
+                        if gradients == "update" and not processes.sum(loss.clone()).isfinite():
+                            break  # the backward pass would change weights: here alone the loss is looked at before it
+                        with mark("backward"):
+                            (part * processes.count).backward()  # of which the average is the sum of the parts
+                loss = processes.sum(loss)
 
                 # Before the sync: while an accelerator works on this step, the next one is made ready.
                 with mark("data"):
@@ -277,7 +312,7 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
             duration = time.perf_counter() - begin
             progress.step = step
             progress.seconds += duration  # of training: evaluation is not counted
-            progress.tokens += sum(counts) if finite else 0
+            progress.tokens += tokens if finite else 0
             progress.skipped += not finite
             progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
             progress.first_loss = loss_value if progress.first_loss is None else progress.first_loss
@@ -288,7 +323,7 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                 loss=loss_value,
                 lr=optimizer.param_groups[0]["lr"],
                 grad_norm=norm_value,
-                tokens_per_second=sum(counts) / duration,
+                tokens_per_second=tokens / duration,
                 peak_memory_bytes=peak_memory(device),
                 seconds=progress.seconds,
                 skipped=progress.skipped,
@@ -310,22 +345,22 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
                     f"loss or gradient was not finite for {MAX_SKIPPED} steps in a row, up to step {step}: "
                     "lower --optim.lr, set --optim.max_grad_norm 1.0, or use --model.dtype float32"
                 )
-            if step == 1 and config.optim.preset not in FULL_RANK and sum(counts) < config.optim.rank:
+            if step == 1 and config.optim.preset not in FULL_RANK and tokens < config.optim.rank:
                 log.say(
-                    f"warning: a step trains on {sum(counts)} tokens, fewer than optim.rank={config.optim.rank}: its gradient "
+                    f"warning: a step trains on {tokens} tokens, fewer than optim.rank={config.optim.rank}: its gradient "
                     "cannot fill the subspace, raise --run.batch_size or lower --optim.rank"
                 )
             if evaluation_due():
                 with suppress(Interrupted):
                     validate(step)
-            if stop.number is not None:
-                raise save_and_stop(stop.number)
+            if (asked := stop.asked()) is not None:
+                raise save_and_stop(asked)
             if run.checkpoint_every and (step % run.checkpoint_every == 0 or step == run.steps):
                 save()
         try:
             result = validate(run.steps)
         except Interrupted:
-            raise save_and_stop(stop.number or 0) from None
+            raise save_and_stop(stop.asked() or 0) from None
         try:
             checkpointer.wait()
         except OSError as error:
@@ -351,8 +386,9 @@ def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimiz
         "config": dataclasses.asdict(config),
     }
     if run.export:
-        _export(model, corpus.tokenizer, out / "model")
-    (out / "summary.json").write_text(json.dumps(json_ready(summary), indent=2) + "\n", encoding="utf-8")
+        _export(model, corpus.tokenizer, out / "model", processes)
+    if processes.first:
+        (out / "summary.json").write_text(json.dumps(json_ready(summary), indent=2) + "\n", encoding="utf-8")
     return summary
 
 
@@ -409,13 +445,16 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, processes: Processes) -> None:
     """Write what AutoModelForCausalLM and AutoTokenizer load, safetensors; generation then ends where the text did."""
     merge(model)
+    state = {name: whole(X) for name, X in model.state_dict().items()} if processes.parallel.shard > 1 else None
+    if not processes.first:
+        return
     if model.config.eos_token_id is None:
         for config in (model.config, model.generation_config):
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    save_pretrained(model, folder)
+    save_pretrained(model, folder, state)
     tokenizer.save_pretrained(folder)
 
 

@@ -1,0 +1,157 @@
+"""The processes of a run, as torchrun starts them: what they have to agree on, and the model cut or copied among them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from subspan.optim.copies import ignore_projected
+from subspan.optim.optimizer import ProjectedOptimizer
+from subspan.training.config import ParallelConfig
+from subspan.training.models import blocks_of
+
+T = TypeVar("T")
+
+
+class Processes:
+    """This process among those of the run: number `rank` of `count`. Of one process alone every method is free.
+
+    What the host decides by (stop, skip, counts of tokens) is agreed on over gloo, so that an accelerator is not waited for.
+    """
+
+    def __init__(self, parallel: ParallelConfig) -> None:
+        """Joins the group that torchrun's environment names. ValueError: shard x replicate is another number of processes."""
+        self.parallel = parallel
+        self.count, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        if parallel.count != self.count:
+            raise ValueError(
+                f"parallel.shard={parallel.shard} times parallel.replicate={parallel.replicate} is not {self.count}, the number "
+                f"of processes: start with `torchrun --nproc-per-node {parallel.count} -m subspan ...`, or change one"
+            )
+        self._joined = self.count > 1 and not dist.is_initialized()
+        if self._joined:
+            dist.init_process_group()  # gloo for what lies on the CPU, and for an accelerator its own
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.rank == 0
+
+    def leave(self) -> None:
+        if self._joined:
+            dist.destroy_process_group()
+
+    def device(self, device: torch.device) -> torch.device:
+        """This process' own of several accelerators; a CPU is shared."""
+        if self.count == 1 or device.type == "cpu":
+            return device
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.accelerator.set_device_index(number)
+        return torch.device(device.type, number)
+
+    def say(self, text: str, **options: Any) -> None:
+        """print, of the first process."""
+        if self.first:
+            print(text, **options)
+
+    # What all have to agree on.
+
+    def total(self, number: int) -> int:
+        """The sum of a number of every process."""
+        return number if self.count == 1 else int(self._reduced(number, dist.ReduceOp.SUM))
+
+    def largest(self, number: int) -> int:
+        """The largest of a number of every process."""
+        return number if self.count == 1 else int(self._reduced(number, dist.ReduceOp.MAX))
+
+    def sum(self, X: Tensor) -> Tensor:
+        """The sum of a tensor of every process, in place."""
+        if self.count > 1:
+            dist.all_reduce(X)
+        return X
+
+    def first_does(self, what: Callable[[], T]) -> T:
+        """The result of `what`, which the first process alone does, on all; so is an error that it raises."""
+        if self.count == 1:
+            return what()
+        found: list[Any] = [None, None]
+        if self.first:
+            try:
+                found[0] = what()
+            except Exception as error:
+                found[1] = error
+        dist.broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]  # type: ignore[no-any-return]
+
+    def deal(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+        """Every `count`-th of `items`, and whether it counts: all get equally many, the last of some for nothing."""
+        round_: list[T] = []
+        for item in items:
+            round_.append(item)
+            if len(round_) == self.count:
+                yield round_[self.rank], True
+                round_ = []
+        if round_:
+            yield round_[min(self.rank, len(round_) - 1)], self.rank < len(round_)
+
+    def _reduced(self, number: int, op: Any) -> Tensor:
+        X = torch.tensor(number)
+        dist.all_reduce(X, op=op)
+        return X
+
+    # The model and its optimizer.
+
+    def shard(self, model: nn.Module, groups: list[dict[str, Any]], device: torch.device) -> None:
+        """Cut the model's parameters, block by block, over `parallel.shard` processes, `parallel.replicate` times."""
+        if self.parallel.shard == 1:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        from subspan.optim.shards import shard_along
+
+        sizes, names = (self.parallel.replicate, self.parallel.shard), ("replicate", "shard")
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        mesh = mesh if self.parallel.replicate > 1 else mesh["shard"]
+        along = shard_along(groups, self.parallel.shard)
+        for module in (*blocks_of(model), model):
+            fully_shard(module, mesh=mesh, shard_placement_fn=along)
+
+    def copy(self, model: nn.Module, optimizer: Optimizer) -> Copy:
+        """What a forward pass goes through: where processes have whole copies of the model, DistributedDataParallel."""
+        if self.count == 1 or self.parallel.shard > 1:
+            return Copy(model)
+        if getattr(optimizer, "copies", None) is None:
+            return Copy(DistributedDataParallel(model))
+        assert isinstance(optimizer, ProjectedOptimizer)
+        ignore_projected(model, optimizer.param_groups)
+        return Copy(DistributedDataParallel(model), optimizer)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A model whose backward passes average gradients over processes, or the model itself. optimizer: of low-rank averages."""
+
+    model: nn.Module
+    optimizer: ProjectedOptimizer | None = None
+
+    @contextmanager
+    def sync(self, *, last: bool) -> Iterator[None]:
+        """A micro-batch of a step, forward and backward: what is averaged is so in the last one."""
+        with ExitStack() as stack:
+            if not last and isinstance(self.model, DistributedDataParallel):
+                stack.enter_context(self.model.no_sync())
+                if self.optimizer is not None:
+                    stack.enter_context(self.optimizer.no_sync())
+            yield
