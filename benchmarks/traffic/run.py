@@ -170,10 +170,13 @@ def formula(results: dict[str, Any]) -> str:
     counted = [sum(steps[row][step].values()) for row, step in (("ddp", 1), ("low_rank", 1), ("low_rank", GAP))]
     said = [sizes["gradients"], sizes["R"] + sizes["dense"], sizes["R"] + sizes["dense"] + sizes["k_r"] + sizes["d_r"]]
     names = (
-        "whole gradients",
-        "R, and dense gradients",
-        "the same at a refresh, with (k, r) and (d, r) for one product",
+        "DDP: whole gradients",
+        "copies: R, and dense gradients",
+        "copies at a refresh: and (k, r) and (d, r), for one product",
+        "FSDP2 at a refresh, its sums: (d, r), for one product",
     )
+    counted.append(steps["fsdp"][GAP]["sum"])  # beside FSDP's own gathers and scatters
+    said.append(sizes["d_r"])
     lines = ["| | formula, bytes | counted, bytes | counted / formula |", "|---|---|---|---|"]
     for name, a, b in zip(names, said, counted, strict=True):
         lines.append(f"| {name} | {a:,} | {b:,} | {b / a:.4f} |")
