@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -110,6 +111,7 @@ def train_command(config: TrainConfig, command: str) -> None:
     from subspan.training.runlog import describe_summary
     from subspan.training.trainer import build_optimizer, train
 
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     embeddings = []
 
     def build(model: Any, config: TrainConfig) -> Any:
@@ -120,10 +122,13 @@ def train_command(config: TrainConfig, command: str) -> None:
     try:
         summary = train(config, build)
     except Stopped as stopped:
-        print(f"subspan: {stopped.message(command)}", file=sys.stderr)
+        if first:
+            print(f"subspan: {stopped.message(command)}", file=sys.stderr)
         raise SystemExit(128 + stopped.signal_number) from None
-    print(f"\n{describe_summary(summary, command)}")
-    print(f"\nmemory  {planned_and_measured(config, embeddings[0], summary)}")
+    if first:
+        print(f"\n{describe_summary(summary, command)}")
+    if config.parallel.count == 1:
+        print(f"\nmemory  {planned_and_measured(config, embeddings[0], summary)}")
 
 
 def planned_and_measured(config: TrainConfig, vocab_size: int, summary: dict[str, Any]) -> str:
@@ -235,6 +240,11 @@ def plan_config(arguments: Any) -> tuple[TrainConfig, int | None]:
             config.optim.rank = max(1, model_config(arguments.model).hidden_size // 4)
     else:
         raise ValueError("--model is missing: name a model, as in subspan plan --model llama-7b, or give a --config")
+    if config.parallel.count > 1:
+        raise ValueError(
+            f"parallel.shard={config.parallel.shard}, parallel.replicate={config.parallel.replicate}: plans are of one process, "
+            "set both to 1 in the recipe"
+        )
     sections: dict[str, Any] = {name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS}
     for name, (section, field) in PLAN_FIELDS.items():
         if arguments[name] is not None:

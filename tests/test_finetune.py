@@ -298,7 +298,7 @@ def test_defaults_are_the_papers_and_follow_what_is_given() -> None:
     assert (optim().gradients, optim("--optim.preset", "fira").gradients) == ("project", "hold")
     assert optim("--optim.preset", "apollo").scale == 1.0
     assert optim("--optim.scale", "0.5").scale == 0.5
-    assert list(FINETUNE_SECTIONS) == list(SECTIONS)
+    assert [*FINETUNE_SECTIONS, "parallel"] == list(SECTIONS)
 
 
 @pytest.mark.parametrize(

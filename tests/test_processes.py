@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_config, write_text
 
+from subspan.cli import main, parse_train
 from subspan.training import trainer
 from subspan.training.config import ParallelConfig, RunConfig, TrainConfig
 from subspan.training.resume import Stopped
@@ -135,3 +137,30 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(folder: Path) -> 
         else:
             together([config], last)
     check_same(folder / "one_project", out)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--parallel.shard", "2"], "parallel.shard=2 times parallel.replicate=1 is not 1, the number of processes"),
+        (["--parallel.shard", "0"], "parallel.shard=0 must be a whole number"),
+        (["--parallel.shard", "3"], "run.batch_size=16 is no multiple of 3 processes"),
+        (["--parallel.replicate", "2", "--run.diagnostics", "true"], "run.diagnostics=True works on one process alone"),
+        (["--parallel.shard", "2", "--optim.preset", "qgalore"], "model.int8=True works on one process alone"),
+        (
+            ["--parallel.replicate", "2", "--optim.preset", "adamw", "--optim.gradients", "update"],
+            "use optim.gradients=hold, or --parallel.shard",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(words: list[str], named: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)):
+        train(parse_train(["train", *words]))
+
+
+def test_a_plan_of_several_processes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("parallel: {shard: 8}\n")
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", str(recipe)])
+    assert "plans are of one process" in capsys.readouterr().err

@@ -130,18 +130,28 @@ def here(X: Tensor) -> Tensor:
     return X.to_local() if isinstance(X, DTensor) else X
 
 
-def worker(rank: int, count: int, replicas: int, file: str, runs: list[tuple[str, str]]) -> None:
+def worker(rank: int, count: int, file: str, layouts: dict[int, list[tuple[str, str]]], check: bool) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count * replicas)
-    found = {f"{case}, {axis}": fit(case, count, axis, replicas) for case, axis in runs}
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count)
+    if check:
+        check_bits()
+        check_errors_copies_and_loading()
+    found = {
+        f"{case}, {axis}, {replicas}": fit(case, count // replicas, axis, replicas)
+        for replicas, runs in layouts.items()
+        for case, axis in runs
+    }
     if rank == 0:
         torch.save(found, f"{file}.pt")
     dist.destroy_process_group()
 
 
-def together(folder: Path, count: int, runs: list[tuple[str, str]], replicas: int = 1) -> dict[str, dict[str, Any]]:
+def together(
+    folder: Path, count: int, layouts: dict[int, list[tuple[str, str]]], check: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Runs by number of copies, all on the same processes: to start them takes longest."""
     file = folder / "group"
-    torch.multiprocessing.spawn(worker, (count, replicas, str(file), runs), nprocs=count * replicas)
+    torch.multiprocessing.spawn(worker, (count, str(file), layouts, check), nprocs=count)
     return dict(torch.load(f"{file}.pt"))
 
 
@@ -159,17 +169,12 @@ ATOL = {"int8": 2e-4, "int4, project": 2e-4, "muon, int8": 2e-4, "frugal": 1e-4}
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return together(tmp_path_factory.mktemp("two"), 2, TWO)
+    return together(tmp_path_factory.mktemp("two"), 2, {1: TWO}, check=True)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return together(tmp_path_factory.mktemp("four"), 4, FOUR)
-
-
-@pytest.fixture(scope="module")
-def two_by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return together(tmp_path_factory.mktemp("two_by_two"), 2, FOUR, replicas=2)
+    return together(tmp_path_factory.mktemp("four"), 4, {1: FOUR, 2: FOUR})
 
 
 def check_equal(many: dict[str, Any], case: str) -> None:
@@ -188,17 +193,14 @@ def check_equal(many: dict[str, Any], case: str) -> None:
 
 @pytest.mark.parametrize(("case", "axis"), TWO)
 def test_two_processes_train_as_one(two: dict[str, Any], case: str, axis: str) -> None:
-    check_equal(two[f"{case}, {axis}"], case)
+    check_equal(two[f"{case}, {axis}, 1"], case)
 
 
+@pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize(("case", "axis"), FOUR)
-def test_four_processes_train_as_one(four: dict[str, Any], case: str, axis: str) -> None:
-    check_equal(four[f"{case}, {axis}"], case)
-
-
-@pytest.mark.parametrize(("case", "axis"), FOUR)
-def test_copies_of_shards_train_as_one(two_by_two: dict[str, Any], case: str, axis: str) -> None:
-    check_equal(two_by_two[f"{case}, {axis}"], case)
+def test_four_processes_train_as_one(four: dict[str, Any], case: str, axis: str, copies: int) -> None:
+    """Four parts, or two copies of two."""
+    check_equal(four[f"{case}, {axis}, {copies}"], case)
 
 
 @pytest.mark.parametrize("case", ["project", "int8"])
@@ -210,14 +212,13 @@ def test_moments_are_shared_out_and_bases_are_not(two: dict[str, Any], four: dic
     assert len(moments) >= 4
     assert len(bases) >= 2
     for count, found in ((2, two), (4, four)):
-        many = found[f"{case}, k"]["bytes"]
+        many = found[f"{case}, k, 1"]["bytes"]
         assert [many[key] * count for key in moments] == [one[key] for key in moments]
         assert [many[key] for key in bases] == [one[key] for key in bases]
 
 
-def check_bits(rank: int, file: str) -> None:
+def check_bits() -> None:
     """Equal gradients, dense parameters in 8 bits: blocks are rows, which no process shares, so codes are equal bit by bit."""
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     broken = torch.zeros(99, 64)
     broken[-1, -1] = math.inf  # on one process alone, and yet it must count as zero everywhere
     weight, *gradients = (torch.randn(99, 64) for _ in range(4))
@@ -236,15 +237,9 @@ def check_bits(rank: int, file: str) -> None:
         states.append({**optimizer.state[p], "weight": p.detach()})
     for key, X in states[0].items():
         assert torch.equal(whole(states[1][key]), X), key
-    dist.destroy_process_group()
 
 
-def test_codes_are_equal_bit_by_bit(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(check_bits, (str(tmp_path / "group"),), nprocs=2)
-
-
-def check_the_rest(rank: int, file: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def check_errors_copies_and_loading() -> None:
     mesh = init_device_mesh("cpu", (2,))
     square = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
 
@@ -291,8 +286,3 @@ def check_the_rest(rank: int, file: str) -> None:
         for key, X in optimizers[0].state[p].items():
             assert torch.equal(whole(optimizers[1].state[q][key]), X), key
             assert torch.equal(back.state[p][key], X), key
-    dist.destroy_process_group()
-
-
-def test_errors_copies_and_loading(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(check_the_rest, (str(tmp_path / "group"),), nprocs=2)

@@ -114,8 +114,6 @@ class Processes:
 
     def shard(self, model: nn.Module, groups: list[dict[str, Any]], device: torch.device) -> None:
         """Cut the model's parameters, block by block, over `parallel.shard` processes, `parallel.replicate` times."""
-        if self.parallel.shard == 1:
-            return
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 

@@ -149,9 +149,8 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
     torch.manual_seed(run.seed)
 
     model_config(config.model.name, config.model.overrides)  # a wrong name should not have to wait for the text
-    processes.first_does(
-        lambda: load_data(config.data, tokenizer_name(config)) and None
-    )  # the others find it in the cache
+    if processes.count > 1:  # the others then find tokens and tokenizer in the cache
+        processes.first_does(lambda: load_data(config.data, tokenizer_name(config)) and None)
     corpus = load_data(config.data, tokenizer_name(config), rank=processes.rank, world_size=processes.count)
     assert corpus.train is not None
     micro_batch = config.micro_batch
@@ -177,7 +176,8 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
     if config.model.compile:
         compile_blocks(model)
 
-    processes.shard(model, groups_of(model, config.optim), device)
+    if config.parallel.shard > 1:
+        processes.shard(model, groups_of(model, config.optim), device)
     optimizer = build_optimizer(model, config)
     copy = processes.copy(model, optimizer)  # averages gradients after a backward pass
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
