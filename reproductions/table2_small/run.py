@@ -21,7 +21,7 @@ from grid import beside, training_files, walk
 from run import METHODS, configure, result_of, search
 
 ROWS = ("adamw", "galore", "factorized", "lora", "relora", "subspan")
-SHORT = 200  # steps of a run of the search
+SHORT = 400  # steps of a run of the search
 SIZES = {"llama-9m": 1000, "llama-25m": 500}  # steps of a long run: 1 M and 0.5 M tokens
 
 
