@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -39,7 +41,7 @@ class Processes:
             )
         self._joined = self.count > 1 and not dist.is_initialized()
         if self._joined:
-            dist.init_process_group()  # gloo for what lies on the CPU, and for an accelerator its own
+            _join()
 
     @property
     def first(self) -> bool:
@@ -135,6 +137,18 @@ class Processes:
         assert isinstance(optimizer, ProjectedOptimizer)
         ignore_projected(model, optimizer.param_groups)
         return Copy(DistributedDataParallel(model), optimizer)
+
+
+def _join() -> None:
+    """init_process_group: gloo for what lies on the CPU, and for an accelerator its own.
+
+    On one node torchrun keeps its store through a restart, and in it the addresses of processes that are gone, which new ones
+    would try to connect to: each start has names of its own.
+    """
+    store, rank, count = next(rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(count):
+        store = PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(store=store, rank=rank, world_size=count)
 
 
 @dataclass(frozen=True)
