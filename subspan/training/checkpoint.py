@@ -104,14 +104,12 @@ class Checkpointer:
             "versions": {"subspan": __version__, "torch": torch.__version__},
             **_description(_trained(model, optimizer), optimizer, tensors),
         }
-        if self._together:
-            tensors = {name: X.contiguous() for name, X in tensors.items()}
         try:
             text = json.dumps(manifest, indent=1) + "\n"
         except (TypeError, ValueError) as error:
             raise ValueError(f"progress is no JSON ({error}): use dicts, lists, strings and numbers") from None
         if self._together:
-            self._attempt(step, tensors, text)
+            self._attempt(step, {name: X.contiguous() for name, X in tensors.items()}, text)
             self._say_failure()
             return
         sizes = [X.nbytes for X in tensors.values()]

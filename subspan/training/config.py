@@ -380,7 +380,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._check_parallel()
-        if self.optim.gradients == "update" and self.run.micro_batch not in (None, self.run.batch_size):
+        if self.optim.gradients == "update" and self.micro_batch * self.parallel.count != self.run.batch_size:
             raise ValueError(
                 f"run.micro_batch={self.run.micro_batch} makes several backward passes of a step, and "
                 "optim.gradients=update takes one: use optim.gradients=project"
