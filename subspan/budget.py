@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from subspan.memory import GIB
-from subspan.optim.presets import FULL_RANK
+from subspan.optim.presets import FULL_GRADIENT, FULL_RANK
 from subspan.plan import MemoryPlan, Planner, describe_cards, describe_optim, describe_run, with_preset
 from subspan.training.config import TrainConfig
-from subspan.training.models import model_config
+from subspan.training.models import LLAMA, model_config
 
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 2**20, "mib": 2**20, "mb": 10**6}
 
@@ -78,6 +79,18 @@ def search(config: TrainConfig, budget: int, space: Space | None = None, planner
     return fits
 
 
+def largest_model(config: TrainConfig, budget: int, space: Space | None, planner: Planner) -> list[Fit]:
+    """As `search`, of the largest `llama-*` size of which anything fits; the rank of `space` is that size's own choice if None.
+
+    Raises ValueError when not even the smallest fits.
+    """
+    *larger, smallest = reversed(LLAMA)
+    for name in larger:
+        with suppress(ValueError):
+            return search(replace(config, model=replace(config.model, name=name)), budget, space, planner)
+    return search(replace(config, model=replace(config.model, name=smallest)), budget, space, planner)
+
+
 def describe_fits(fits: Sequence[Fit], budget: int) -> str:
     """What a search found, a line each."""
     config, plan = fits[0].config, fits[0].plan
@@ -97,15 +110,17 @@ def _presets_and_ranks(config: TrainConfig, space: Space) -> Iterator[tuple[str,
         hidden: int = model_config(config.model.name, config.model.overrides).hidden_size
         ranks = [max(1, hidden // part) for part in (2, 4, 8)]
     for preset in space.presets:
+        if preset == "qgalore" and config.parallel.count > 1:
+            continue  # INT8 weights are of one process
         for rank in ranks[:1] if preset in FULL_RANK else ranks:
             yield preset, rank
 
 
 def _ways(config: TrainConfig, space: Space, preset: str) -> Iterator[tuple[bool, str, str]]:
     """Checkpointing, gradients and side, best first."""
-    run = config.run
-    several = run.micro_batch is not None and run.micro_batch < run.batch_size
-    gradients = [mode for mode in space.gradients if not (several and mode == "update")] or space.gradients
+    averaged = config.parallel.shard == 1 < config.parallel.count and preset in {*FULL_RANK, *FULL_GRADIENT}
+    no_update = averaged or config.accumulation > 1
+    gradients = [mode for mode in space.gradients if not (no_update and mode == "update")] or space.gradients
     sides = space.proj_types[:1] if preset in FULL_RANK else space.proj_types
     return itertools.product(space.checkpointing, gradients, sides)
 
@@ -138,11 +153,10 @@ def _smallest(config: TrainConfig, space: Space, planner: Planner) -> Iterator[F
 def _variant(
     config: TrainConfig, preset: str, rank: int, checkpointing: bool, gradients: str, side: str, micro_batch: int
 ) -> TrainConfig:
-    run = config.run
-    accumulation = run.batch_size // (run.micro_batch or run.batch_size)
+    batch_size = micro_batch * config.accumulation * config.parallel.count
     return replace(
         config,
         model=replace(config.model, activation_checkpointing=checkpointing),
         optim=with_preset(config.optim, preset, rank=rank, gradients=gradients, proj_type=side),
-        run=replace(run, batch_size=micro_batch * accumulation, micro_batch=micro_batch),
+        run=replace(config.run, batch_size=batch_size, micro_batch=micro_batch),
     )

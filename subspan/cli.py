@@ -194,30 +194,54 @@ def eval_command(config: TrainConfig | None, arguments: dict[str, Any]) -> None:
 
 def plan_command(arguments: Any) -> None:
     """`subspan plan`: `arguments` are its words, parsed."""
-    from subspan.advice import advise
-    from subspan.budget import Space, describe_fits, parse_size, search
-    from subspan.plan import Planner, describe_run
-    from subspan.report import check_figure, compare_methods, draw_plans
+    from subspan.budget import parse_size
+    from subspan.cluster import pretended
+    from subspan.plan import Planner
+    from subspan.report import check_figure
 
     if arguments.figure:
         check_figure(Path(arguments.figure))
     budget = parse_size(arguments.budget) if arguments.budget else None
     config, vocab_size = plan_config(arguments)
-    planner = Planner(vocab_size)
+    if arguments.figure and config.parallel.count > 1:
+        raise ValueError(
+            f"figure={arguments.figure!r} compares methods on one process: plan without it, or for one process"
+        )
+    with pretended(config.parallel):
+        _plan(arguments, config, budget, Planner(vocab_size))
+
+
+def _plan(arguments: Any, config: TrainConfig, budget: int | None, planner: Any) -> None:
+    from subspan.advice import advise
+    from subspan.budget import Space, describe_fits, largest_model, search
+    from subspan.cluster import as_dict, describe_layout, describe_traffic, plan_traffic
+    from subspan.plan import describe_run
+    from subspan.report import compare_methods, draw_plans
+
     if budget is None:
         plan = planner.plan(config)
-        shown = json.dumps({**describe_run(config), **plan.as_dict()}, indent=2)
-        print(shown if arguments.json else f"{plan.describe(config)}\n\n{plan}")
-        parameters = plan.parameters
+        texts, found = [plan.describe(config), str(plan)], {**describe_run(config), **plan.as_dict()}
     else:
         given = {axis: (arguments[name],) for name, axis in PLAN_AXES.items() if arguments[name] is not None}
-        fits = search(config, budget, Space(**given), planner)
+        known = arguments.model or arguments.config
+        fits = (search if known else largest_model)(config, budget, Space(**given), planner)
         rows = [{**describe_run(fit.config), **fit.plan.as_dict()} for fit in fits]
-        shown = json.dumps({"budget": budget, "fits": rows}, indent=2)
-        print(shown if arguments.json else describe_fits(fits, budget))
-        config, parameters = fits[0].config, fits[0].plan.parameters
-    if not arguments.json:
-        print(f"  start with            {advise(config.optim.preset, parameters)}")
+        config, plan = fits[0].config, fits[0].plan
+        texts, found = [describe_fits(fits, budget)], {"budget": budget, "fits": rows}
+    if config.parallel.count > 1:
+        gpus_per_node = arguments.gpus_per_node or config.parallel.count
+        traffic = plan_traffic(planner, config, gpus_per_node)
+        texts = [
+            f"{describe_layout(config.parallel, gpus_per_node)}; of each process:",
+            *texts,
+            describe_traffic(traffic),
+        ]
+        found |= {"parallel": as_dict(config.parallel, gpus_per_node, traffic)}
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print("\n\n".join(texts))
+        print(f"  start with            {advise(config.optim.preset, plan.parameters)}")
     if arguments.figure:
         draw_plans(compare_methods(config, planner), Path(arguments.figure), config)
 
@@ -227,6 +251,7 @@ def plan_config(arguments: Any) -> tuple[TrainConfig, int | None]:
 
     Without a recipe: bfloat16, one sequence, and a rank of a quarter of the hidden size, as most of the paper's.
     """
+    from subspan.cluster import layout
     from subspan.training.models import LLAMA, model_config
 
     vocab_size = None
@@ -234,24 +259,30 @@ def plan_config(arguments: Any) -> tuple[TrainConfig, int | None]:
         config = parse_train(["train", "--config", arguments.config])
         made_from_text = config.model.name in LLAMA and config.data.tokenizer is None
         vocab_size = config.data.vocab_size if made_from_text else None
-    elif arguments.model:
-        config = TrainConfig(model=ModelConfig(name=arguments.model, dtype="bfloat16"), run=RunConfig(batch_size=1))
+    elif arguments.model or arguments.budget:
+        name = arguments.model or next(iter(LLAMA))  # that of a search for the largest
+        config = TrainConfig(model=ModelConfig(name=name, dtype="bfloat16"), run=RunConfig(batch_size=1))
         if arguments.rank is None:
-            config.optim.rank = max(1, model_config(arguments.model).hidden_size // 4)
+            config.optim.rank = max(1, model_config(name).hidden_size // 4)
     else:
-        raise ValueError("--model is missing: name a model, as in subspan plan --model llama-7b, or give a --config")
-    if config.parallel.count > 1:
         raise ValueError(
-            f"parallel.shard={config.parallel.shard}, parallel.replicate={config.parallel.replicate}: plans are of one process, "
-            "set both to 1 in the recipe"
+            "--model is missing: name a model, as in subspan plan --model llama-7b, or give a --config, or a --budget for which "
+            "to find the largest model"
         )
     sections: dict[str, Any] = {name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS}
     for name, (section, field) in PLAN_FIELDS.items():
         if arguments[name] is not None:
             sections[section][field] = arguments[name]
-    micro_batch = arguments.micro_batch or config.run.micro_batch or config.run.batch_size
-    accumulation = arguments.accumulation or config.run.batch_size // (config.run.micro_batch or config.run.batch_size)
-    sections["run"] |= {"micro_batch": micro_batch, "batch_size": micro_batch * accumulation}
+    parallel = config.parallel
+    if arguments.nodes or arguments.gpus_per_node or arguments.shard:
+        gpus_per_node = arguments.gpus_per_node or arguments.shard or 1
+        parallel = layout(arguments.nodes or 1, gpus_per_node, arguments.shard)
+    micro_batch, accumulation = (
+        arguments.micro_batch or config.micro_batch,
+        arguments.accumulation or config.accumulation,
+    )
+    sections["parallel"] = dataclasses.asdict(parallel)
+    sections["run"] |= {"micro_batch": micro_batch, "batch_size": micro_batch * accumulation * parallel.count}
     return make_config(sections), arguments.vocab_size or vocab_size
 
 
@@ -323,6 +354,7 @@ def _parsers() -> tuple[Any, Any]:
         usage="subspan plan --model NAME [--preset PRESET] [--rank R] [--micro-batch N] [--seq-len N] [--budget 24GiB] [options]",
         description="Memory of a training run before any weight exists: weights, gradients, optimizer, activations, temporaries "
         "and peak. With --budget: which settings fit, best first; what is not given here is searched for. "
+        "With --nodes and --gpus-per-node: of one of several processes, and what it sends to the others in a step. "
         "For example: subspan plan --model llama-7b --preset galore8bit --rank 1024 --micro-batch 1 --seq-len 256",
     )
     plan.add_argument(
@@ -343,7 +375,10 @@ def _parsers() -> tuple[Any, Any]:
     option("seq_len", int | None, "tokens per sequence")
     option("vocab_size", int | None, "rows of the embedding of a llama-* size; 32,000 without a recipe")
     option("activation_checkpointing", bool | None, "true: recompute activations in the backward pass")
-    option("budget", str | None, "search for what fits into this, as 24GiB or 24GB")
+    option("nodes", int | None, "machines; the plan is of one process on one GPU")
+    option("gpus_per_node", int | None, "processes on each of them")
+    option("shard", int | None, "parts of the model (FSDP2); without it all GPUs get one, 1: each has a whole copy")
+    option("budget", str | None, "search for what fits into this, as 24GiB or 24GB; without a model: for the largest")
     option(
         "figure", str | None, "draw this run with AdamW, 8-bit Adam, LoRA and the GaLores: a .png, .svg or .pdf file"
     )

@@ -5,6 +5,7 @@ torch's own MemTracker (torch.distributed._tools.mem_tracker) works the same way
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from subspan.optim.dtensors import local
 
 Kind = Literal["kept", "gradients", "activations", "temporaries"]
 
@@ -42,6 +45,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.series: list[tuple[int, int]] = []
         self.peak = 0
         self._known = WeakIdKeyDictionary()
+        self._undo = contextlib.ExitStack()
         self.kind: Kind = "kept"
         for X in kept:
             self._add(X)
@@ -71,6 +75,37 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _free(self, entry: list[Any], _: object) -> None:
         self.bytes[entry[0]] -= entry[1]
 
+    def __enter__(self) -> LiveBytes:
+        # FSDP2 frees and makes its buffers by resizing storages, which is no operation. torch's MemTracker does the same.
+        resize = torch.UntypedStorage.resize_
+
+        @functools.wraps(resize)
+        def watched(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self._resized(storage)
+            return result
+
+        setattr(torch.UntypedStorage, "resize_", watched)  # noqa: B010
+        self._undo.callback(setattr, torch.UntypedStorage, "resize_", resize)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._undo.close()
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        """Whatever it was, it is a temporary from now on: weights that FSDP2 gathers, say."""
+        if storage in self._known:
+            entry = self._known[storage][0]
+            self.bytes[entry[0]] -= entry[1]
+            entry[:] = "temporaries", storage.nbytes()
+        else:
+            entry = ["temporaries", storage.nbytes()]
+            self._known[storage] = (entry, weakref.ref(storage, functools.partial(self._free, entry)))
+        self.bytes["temporaries"] += entry[1]
+        self.peak = max(self.peak, self.now)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -89,7 +124,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def plain_tensors(X: Tensor) -> Iterator[Tensor]:
-    """X, or the tensors that a wrapper around some consists of."""
+    """X, or the tensors that a wrapper around some consists of; of a DTensor those on this process."""
+    X = local(X)
     if hasattr(X, "__tensor_flatten__"):
         for name in X.__tensor_flatten__()[0]:
             yield from plain_tensors(getattr(X, name))

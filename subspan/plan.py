@@ -26,7 +26,9 @@ import json
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,10 +42,12 @@ from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.presets import FULL_GRADIENT, FULL_RANK
 from subspan.optim.quant import quantize
 from subspan.simulation import Cost, Phase, PhaseName, Trace, put_together, watch_passes, watch_update
+from subspan.traffic import Payload
 from subspan.training.baselines import add_baseline
 from subspan.training.config import OptimConfig, TrainConfig
 from subspan.training.models import build_model
-from subspan.training.trainer import build_optimizer
+from subspan.training.processes import make_mesh, shard_model
+from subspan.training.trainer import build_optimizer, groups_of
 
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80)
 """Memory of common cards in GiB."""
@@ -141,9 +145,8 @@ class MemoryPlan:
 
 def describe_run(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide about memory; rank and side are None where nothing is projected."""
-    optim, run = config.optim, config.run
+    optim = config.optim
     projected = optim.preset not in FULL_RANK
-    micro_batch = run.micro_batch or run.batch_size
     return {
         "model": config.model.name,
         "dtype": config.model.dtype,
@@ -151,8 +154,8 @@ def describe_run(config: TrainConfig) -> dict[str, Any]:
         "rank": optim.rank if projected else None,
         "proj_type": optim.proj_type if projected else None,
         "gradients": optim.gradients,
-        "micro_batch": micro_batch,
-        "accumulation": run.batch_size // micro_batch,
+        "micro_batch": config.micro_batch,
+        "accumulation": config.accumulation,
         "seq_len": config.data.seq_len,
         "activation_checkpointing": config.model.activation_checkpointing,
     }
@@ -180,7 +183,7 @@ def describe_cards(cards: Sequence[int]) -> str:
 
 
 def plan_memory(config: TrainConfig, vocab_size: int | None = None) -> MemoryPlan:
-    """The memory of `train(config)` on one CPU process; nothing of the model's size is allocated.
+    """The memory of `train(config)` on one CPU process; nothing of the model's size is allocated. (cluster.py: on several.)
 
     vocab_size: rows of the embedding of a `llama-*` size; None: 32,000, unless `config.model.overrides` has it. Text is not read.
 
@@ -191,11 +194,14 @@ def plan_memory(config: TrainConfig, vocab_size: int | None = None) -> MemoryPla
 
 @dataclass(frozen=True)
 class Update:
-    """An optimizer: bytes of its state, the cost of each parameter by name, and the names of those refreshed in this step."""
+    """An optimizer: bytes of its state, the cost of each parameter by name, the names of those refreshed in this step and of all
+    that are projected, and the bytes of gradients that buckets of DistributedDataParallel keep."""
 
     memory: MemoryTable
     costs: Mapping[str, Cost]
     due: Set[str]
+    projected: Set[str]
+    buckets: Mapping[str, int]
 
 
 class Planner:
@@ -218,17 +224,43 @@ class Planner:
         key, model = self._model(config, lora)
         trace = self._trace(key, config)
         update = self._update(key, config)
-        accumulation = config.run.batch_size // (config.run.micro_batch or config.run.batch_size)
-        phases = put_together(trace, update.costs, update.due, accumulation)
+        phases = put_together(trace, update.costs, update.due, config.accumulation, sum(update.buckets.values()))
         count = sum(p.numel() for p in model.parameters())
         return MemoryPlan(count, update.memory.weights, update.memory.basis, update.memory.moments, phases)
 
+    def traffic(self, config: TrainConfig) -> dict[str, Payload]:
+        """What a process of several exchanges with others in a step: for its `passes` (weights and gradients), for its
+        `optimizer` in every step, and for `refreshes`, in the mean over T. Inside `pretended(config.parallel)`."""
+        key, model = self._model(config, False)
+        update, everyone = self._update(key, config), tuple(range(config.parallel.count))
+        passes = Counter(
+            {place: size * config.accumulation for place, size in self._trace(key, config).traffic.items()}
+        )
+        if update.buckets:
+            passes["sum", everyone] += sum(update.buckets.values())
+            passes["copy", everyone] += sum(X.nbytes for X in model.buffers())  # before the first pass
+        steps, refreshed = (self._exchanged(key, config, due) for due in (set(), update.projected))
+        gap = config.optim.update_proj_gap
+        refreshes = {place: (size - steps[place]) // gap for place, size in refreshed.items() if size > steps[place]}
+        return {"passes": passes, "optimizer": steps, "refreshes": refreshes}
+
+    def _exchanged(self, key: str, config: TrainConfig, due: Set[str]) -> Counter[Any]:
+        """By the optimizer in a step that refreshes the parameters `due`."""
+        total = Counter[Any]()
+        arrivals = (
+            1 if config.averages_low_rank else config.accumulation
+        )  # averages are made in the last pass of a step
+        for cost in self._costs(key, config, self._optimizer(key, config), due).values():
+            for payload, times in ((cost.arriving, arrivals), (cost.finishing, 1)):
+                total.update({place: times * size for place, size in payload.items()})
+        return total
+
     def least(self, config: TrainConfig) -> int:
         """Bytes of weights and optimizer state, which `plan(config)` must exceed; found at once."""
-        key, model = self._model(config, False)
+        key, _ = self._model(config, False)
         full = json.dumps([key, dataclasses.asdict(replace(config.optim, gradients="hold"))], default=str)
         if full not in self._least:  # `gradients` changes neither
-            memory = count_memory(model, build_optimizer(model, config))
+            memory = count_memory(self._placed(key, config), self._optimizer(key, config))
             self._least[full] = memory.weights + memory.optimizer
         return self._least[full]
 
@@ -236,7 +268,12 @@ class Planner:
         """The model on the meta device, with its name among the models."""
         wanted = replace(config.model, pretrained=False, activation_checkpointing=False)
         adapters = config.optim.rank if lora or wanted.baseline else None
-        key = json.dumps([dataclasses.asdict(wanted), config.int8_weights, config.data.seq_len, adapters], default=str)
+        optim, parts = config.optim, None
+        if config.parallel.shard > 1:  # cut along one axis or the other
+            kind = optim.preset if optim.preset in FULL_RANK else "projected"
+            parts = [config.parallel.shard, config.parallel.replicate, kind, optim.proj_type, optim.targets]
+        about = [dataclasses.asdict(wanted), config.int8_weights, config.data.seq_len, adapters, parts]
+        key = json.dumps(about, default=str)
         if key not in self._models:
             model: nn.Module = build_model(
                 wanted.name,
@@ -254,13 +291,29 @@ class Planner:
             self._models[key] = model.train()
         return key, self._models[key]
 
-    def _fake_model(self, key: str) -> nn.Module:
-        """The same of fake tensors: operations on them are those of the CPU."""
+    def _fake_model(self, key: str, config: TrainConfig) -> nn.Module:
+        """The same of fake tensors, as it lies on the first process: operations on them are those of the CPU."""
         if key not in self._fakes:
-            self._fakes[key] = copy.deepcopy(self._models[key])
+            model = self._fakes[key] = copy.deepcopy(self._models[key])
+            mesh = make_mesh(config.parallel, "cpu") if config.parallel.shard > 1 else None
             with self.fake:
-                _bring_in(self._fakes[key])
+                _bring_in(model)
+                if mesh is not None:
+                    shard_model(model, groups_of(model, config.optim), mesh)
+                    watch_passes(model, sequences=1, seq_len=2)  # FSDP2 makes its buffers in the first one
         return self._fakes[key]
+
+    def _placed(self, key: str, config: TrainConfig) -> nn.Module:
+        """The model as it lies on the first process: on the meta device where that is all of it."""
+        return self._fake_model(key, config) if config.parallel.shard > 1 else self._models[key]
+
+    def _optimizer(self, key: str, config: TrainConfig) -> ProjectedOptimizer:
+        """Of `_placed`, with state, and without the hooks that `optim.gradients` would add to its parameters."""
+        hold = replace(config, optim=replace(config.optim, gradients="hold"))
+        with self.fake if config.parallel.shard > 1 else nullcontext():
+            optimizer = build_optimizer(self._placed(key, config), hold)
+        assert isinstance(optimizer, ProjectedOptimizer)
+        return optimizer
 
     def _trace(self, key: str, config: TrainConfig) -> Trace:
         """The trace of a micro-batch; of more than three sequences, from those of two and of three."""
@@ -276,57 +329,61 @@ class Planner:
             if full not in self._traces:
                 trace = of(2).scaled(of(3), sequences - 2) if sequences > 3 else None
                 if trace is None:
-                    model = self._fake_model(key)
+                    model = self._fake_model(key, config)
                     with self.fake:
                         trace = watch_passes(model, sequences=sequences, **settings)
                 self._traces[full] = trace
             return self._traces[full]
 
-        return of(config.run.micro_batch or config.run.batch_size)
+        return of(config.micro_batch)
 
     def _update(self, key: str, config: TrainConfig) -> Update:
         """What the optimizer of `config` adds to the trace of its model."""
-        settings = json.dumps([key, dataclasses.asdict(config.optim)], default=str)
+        settings = json.dumps([key, dataclasses.asdict(config.optim), dataclasses.asdict(config.parallel)], default=str)
         if settings not in self._updates:
-            model = self._models[key]
-            optimizer = build_optimizer(model, config)
-            assert isinstance(optimizer, ProjectedOptimizer)
+            model, optimizer = self._placed(key, config), self._optimizer(key, config)
             names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
             due = {names[p] for p in _fullest_refresh(optimizer)}
-            kinds = {
-                names[p]: (i, type(p.data), p.dtype, tuple(p.shape), names[p] in due)
-                for i, group in enumerate(optimizer.param_groups)
-                for p in group["params"]
-            }
-            watched = {
-                kind: name for name, kind in reversed(kinds.items())
-            }  # one of each kind: the others cost the same
-            projected = [name for name in watched.values() if "rank" in optimizer.param_groups[kinds[name][0]]]
-            costs = self._costs(key, config, set(watched.values()), projected, due)
-            self._updates[settings] = Update(
-                count_memory(model, optimizer), {name: costs[watched[kind]] for name, kind in kinds.items()}, due
-            )
+            projected = {names[p] for group in optimizer.param_groups if "rank" in group for p in group["params"]}
+            buckets = {}
+            if config.parallel.shard == 1 < config.parallel.replicate:  # DistributedDataParallel's
+                others = projected if config.averages_low_rank else set()
+                buckets = {name: p.nbytes for p, name in names.items() if p.requires_grad and name not in others}
+            costs = self._costs(key, config, optimizer, due)
+            costs = {name: cost.kept_elsewhere() if name in buckets else cost for name, cost in costs.items()}
+            self._updates[settings] = Update(count_memory(model, optimizer), costs, due, projected, buckets)
         return self._updates[settings]
 
-    def _costs(
-        self, key: str, config: TrainConfig, watched: Set[str], projected: Sequence[str], due: Set[str]
-    ) -> dict[str, Cost]:
-        """The cost of each of the `watched` parameters, from an optimizer that has no others."""
-        model = self._fake_model(key)
+    def _costs(self, key: str, config: TrainConfig, optimizer: ProjectedOptimizer, due: Set[str]) -> dict[str, Cost]:
+        """The cost of each parameter by name, in a step that refreshes those that are `due`: of one of each kind, from an
+        optimizer that has no others, because all of a kind cost the same."""
+        names: dict[Tensor, str] = {p: name for name, p in self._placed(key, config).named_parameters()}
+        kinds = {
+            names[p]: (i, type(p.data), p.dtype, tuple(p.shape), getattr(p, "placements", None), names[p] in due)
+            for i, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+        }
+        watched = {kind: name for name, kind in reversed(kinds.items())}
+        projected = [name for name in watched.values() if "rank" in optimizer.param_groups[kinds[name][0]]]
+        model = self._fake_model(key, config)
         targets = [f"^{re.escape(name)}$" for name in projected] or None
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for name, p in trained.items():
-            p.requires_grad_(name in watched)
+            p.requires_grad_(name in watched.values())
         try:
             with self.fake:
                 # Eager: fake tensors cannot be compiled, and one compiled pass has no more temporaries than that.
                 changed = replace(config.optim, targets=targets, compile=False)
-                optimizer = build_optimizer(model, replace(config, optim=changed))
-                assert isinstance(optimizer, ProjectedOptimizer)
-                return {name: watch_update(model, optimizer, trained[name], name in due) for name in watched}
+                small = build_optimizer(model, replace(config, optim=changed))
+                assert isinstance(small, ProjectedOptimizer)
+            if small.copies:
+                small.copies.mesh("cpu")  # of real numbers
+            with self.fake:
+                costs = {kind: watch_update(model, small, trained[name], name in due) for kind, name in watched.items()}
         finally:
             for p in trained.values():
                 p.requires_grad_(True)
+        return {name: costs[kind] for name, kind in kinds.items()}
 
 
 def _fullest_refresh(optimizer: ProjectedOptimizer) -> set[Tensor]:

@@ -15,10 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from subspan.extras import require
 from subspan.live import LiveBytes
 from subspan.optim import norms, update
+from subspan.optim.dtensors import is_spread, local
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.optimizer import ProjectedOptimizer
+from subspan.traffic import Payload, Traffic
 
 Pair = tuple[int, int]
 PhaseName = Literal["forward", "backward", "refresh", "step"]
@@ -43,7 +46,7 @@ class Trace:
 
     series: after every operation; the first `forward` of them are the forward pass.
     arrivals: (position in the series, parameter's name), in order. alive: at each, without the gradient that arrives.
-    left: what is alive at the end.
+    left: what is alive at the end. traffic: what the passes exchange with other processes.
     """
 
     series: list[Pair]
@@ -51,6 +54,7 @@ class Trace:
     arrivals: list[tuple[int, str]]
     alive: list[Pair]
     left: Pair
+    traffic: Payload
 
     @functools.cached_property
     def fullest(self) -> list[Pair]:
@@ -80,6 +84,7 @@ class Cost:
     gradient: its own. arrive: at most, while its hook runs. again: the same in the second backward pass of a step, above what
     waits already. waiting: between the passes and after them. prepare: at most in `prepare()`. prepared: after it.
     step: at most in `step()`.
+    arriving, finishing: what the hook, and `prepare()` and `step()`, exchange with other processes.
     """
 
     gradient: int
@@ -89,10 +94,24 @@ class Cost:
     prepare: int
     prepared: int
     step: int
+    arriving: Payload
+    finishing: Payload
+
+    def kept_elsewhere(self) -> Cost:
+        """The same where somebody else counts the gradient after its arrival."""
+        own = self.gradient
+        waits = {key: getattr(self, key) - own for key in ("waiting", "prepare", "prepared", "step")}
+        return replace(self, **waits)
 
 
 def watch_passes(
-    model: Any, *, sequences: int, seq_len: int, checkpointing: bool, autocast: bool, position_ids: bool
+    model: Any,
+    *,
+    sequences: int,
+    seq_len: int,
+    checkpointing: bool = False,
+    autocast: bool = False,
+    position_ids: bool = False,
 ) -> Trace:
     """The trace of a causal LM of transformers that no optimizer has hooked. Call it inside FakeTensorMode."""
     arrivals: list[tuple[int, str]] = []
@@ -104,7 +123,7 @@ def watch_passes(
 
     def arrived(name: str, p: Tensor) -> None:
         assert p.grad is not None
-        live.mark(p.grad, "gradients")
+        live.mark(local(p.grad), "gradients")
         arrivals.append((len(live.series), name))
         alive.append(now())
 
@@ -117,6 +136,9 @@ def watch_passes(
                 hook = functools.partial(arrived, name)
                 undo.callback(p.register_post_accumulate_grad_hook(hook).remove)
         undo.enter_context(_few_parts())
+        if not position_ids:
+            undo.enter_context(_no_packed_sequences())
+        traffic = undo.enter_context(Traffic())
         undo.enter_context(live)
         live.kind = "activations"
         ids = torch.zeros(sequences, seq_len, dtype=torch.int64)
@@ -131,7 +153,7 @@ def watch_passes(
         left = now()
     for p in model.parameters():
         p.grad = None
-    return Trace(live.series, forward, arrivals, alive, left)
+    return Trace(live.series, forward, arrivals, alive, left, traffic.payload)
 
 
 class _Arrive(torch.autograd.Function):
@@ -139,12 +161,20 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, p: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = p.shape, p.dtype
+        here = local(p)
+        ctx.shape, ctx.dtype = here.shape, here.dtype
+        ctx.around = (p.device_mesh, p.placements, p.shape, p.stride()) if is_spread(p) else None  # type: ignore[attr-defined]
         return torch.zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Tensor:
-        return torch.empty(ctx.shape, dtype=ctx.dtype)
+        G = torch.empty(ctx.shape, dtype=ctx.dtype)
+        if ctx.around is None:
+            return G
+        from torch.distributed.tensor import DTensor
+
+        mesh, placements, shape, stride = ctx.around
+        return DTensor.from_local(G, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def watch_update(model: nn.Module, optimizer: ProjectedOptimizer, p: Tensor, refresh: bool) -> Cost:
@@ -161,25 +191,33 @@ def watch_update(model: nn.Module, optimizer: ProjectedOptimizer, p: Tensor, ref
         _Arrive.apply(p).backward()  # type: ignore[no-untyped-call]
 
     optimizer.refresh_due = lambda p: refresh  # type: ignore[method-assign]
-    optimizer._steps[p] = 1  # it has moments for a refresh to move
-    with _few_parts(), live:
-        first = most(arrive)
-        waiting = live.now
-        again = most(arrive) - waiting if optimizer.gradients != "update" else 0
-        prepare = most(optimizer.prepare)
-        prepared = live.now
-        step = most(optimizer.step)
-        optimizer.zero_grad()
+    optimizer._steps[p] = optimizer._timetable.refreshes[p] = (
+        1  # it has moments for a refresh to move, and a basis to start from
+    )
+    arriving, finishing = Traffic(), Traffic()
+    with _few_parts():
+        with arriving, live:
+            first = most(arrive)
+            waiting = live.now
+        with live:
+            again = most(arrive) - waiting if optimizer.gradients != "update" else 0
+        with finishing, live:
+            prepare = most(optimizer.prepare)
+            prepared = live.now
+            step = most(optimizer.step)
+            optimizer.zero_grad()
     del optimizer.refresh_due
-    return Cost(p.numel() * p.dtype.itemsize, first, again, waiting, prepare, prepared, step)
+    gradient = local(p).nbytes
+    return Cost(gradient, first, again, waiting, prepare, prepared, step, arriving.payload, finishing.payload)
 
 
 def put_together(
-    trace: Trace, costs: Mapping[str, Cost], refreshed: Set[str], accumulation: int
+    trace: Trace, costs: Mapping[str, Cost], refreshed: Set[str], accumulation: int, always: int = 0
 ) -> dict[PhaseName, Phase]:
     """The fullest moment of each phase of a step: `accumulation` passes, then `prepare()` and `step()`, as the trainer does.
 
     costs: of every trained parameter by name, in the order of the optimizer; refreshed: the names of those whose basis changes.
+    always: bytes of gradients that are never freed.
     """
     phases: dict[PhaseName, Phase] = {}
 
@@ -188,7 +226,7 @@ def put_together(
         if name not in phases or phase.total > phases[name].total:
             phases[name] = phase
 
-    waiting = 0
+    waiting = always
     arrived: set[str] = set()
     forward, *pieces, last = trace.fullest
     for _ in range(min(accumulation, 2)):  # from the second pass on, all are alike
@@ -231,6 +269,19 @@ def _few_parts() -> Iterator[None]:
             undo.callback(setattr, owner, name, parts)
             setattr(owner, name, few(parts))
         yield
+
+
+@contextlib.contextmanager
+def _no_packed_sequences() -> Iterator[None]:
+    """transformers looks for them in the values of positions, and where it sees no values makes a mask for each block, which no
+    run has."""
+    masking: Any = require("transformers.masking_utils", "train")
+    find = masking.find_packed_sequence_indices
+    masking.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking.find_packed_sequence_indices = find
 
 
 def _checkpoint_activations(model: Any, on: bool) -> None:

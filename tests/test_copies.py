@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from subspan.distributed import ignore_projected
+from subspan.distributed import check_copies, ignore_projected
 from subspan.optim.combine import Fira
 from subspan.optim.groups import param_groups
 from subspan.optim.optimizer import ProjectedOptimizer
@@ -80,8 +80,25 @@ def fit(case: str, rank: int, count: int) -> dict[str, Tensor]:
                 (nn.functional.cross_entropy(model(mine[0]), mine[1]) / micro_batches).backward()
         optimizer.step()
         optimizer.zero_grad()
+    if count > 1:
+        check_copies(net, optimizer)
+        if case == "int8":
+            check_that_differences_are_found(net, optimizer, rank)
     state = {f"{name}.{key}": X for name, p in net.named_parameters() for key, X in optimizer.state[p].items()}
     return {**{name: p.detach() for name, p in net.named_parameters()}, **state}
+
+
+def check_that_differences_are_found(net: nn.Module, optimizer: ProjectedOptimizer, rank: int) -> None:
+    """A bit of a weight, two values that have changed places in a basis, a code."""
+    p = net.up.weight
+    for name, X in (("up.weight", p.data), ("basis of up.weight", optimizer.state[p]["basis"])):
+        before = X.clone()
+        X[:1] += rank
+        X[1:3] = X[1:3].flip(0) if rank else X[1:3]
+        with pytest.raises(RuntimeError, match=rf"differ in 1 of \d+ tensors, the first of them {name}"):
+            check_copies(net, optimizer)
+        X.copy_(before)
+    check_copies(net, optimizer)
 
 
 def worker(rank: int, file: str) -> None:

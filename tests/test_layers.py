@@ -31,6 +31,7 @@ LAYERS = {
     "optim.sweep": 2,
     "optim.update": 2,
     "live": 1,
+    "traffic": 1,
     "diagnostics": 3,
     "memory": 3,
     "simulation": 3,
@@ -53,6 +54,7 @@ LAYERS = {
     "training.finetune": 4,
     "plan": 4,
     "budget": 5,
+    "cluster": 5,
     "cli": 5,
     "compat": 5,
     "distributed": 5,
@@ -102,7 +104,9 @@ SIBLINGS = {
     ("training.trainer", "training.processes"),
     ("training.checkpoint", "training.processes"),
     ("plan", "training.trainer"),
+    ("plan", "training.processes"),
     ("cli", "budget"),
+    ("cli", "cluster"),
     ("cli", "report"),
     ("training.trainer", "training.resume"),
 }
@@ -125,6 +129,7 @@ TORCH_ALONE = {
     "live",
     "memory",
     "simulation",
+    "traffic",
     "compat",
     "distributed",
 }

@@ -168,6 +168,22 @@ def test_planned_peak_under_autocast() -> None:
     assert plan_memory(config).peak == pytest.approx(highest(sizes), rel=0.03)
 
 
+def test_attention_makes_no_mask() -> None:
+    """As in a run: one for each block would be most of the activations of long sequences."""
+    config = make_config(preset="adamw", micro_batch=2)
+    config.data.seq_len = 512
+
+    def work() -> None:
+        model = real_model(config)
+        ids = torch.randint(600, (2, config.data.seq_len))
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    work()
+    _, sizes = allocated(work)
+    plan = plan_memory(config)
+    assert plan.peak - plan.optimizer == pytest.approx(highest(sizes), rel=0.01)
+
+
 MATRIX = torch.ones(300, 200, dtype=torch.bfloat16)
 OPERATIONS: dict[str, Callable[[], Any]] = {
     "qr": lambda: torch.linalg.qr(torch.ones(300, 200)),
@@ -212,7 +228,7 @@ def test_many_sequences_follow_from_two_and_three() -> None:
     settings = {"seq_len": 64, "checkpointing": False, "autocast": False, "position_ids": False}
     with planner.fake:
         two, three, seven = (
-            simulation.watch_passes(planner._fake_model(key), sequences=n, **settings)  # type: ignore[arg-type]
+            simulation.watch_passes(planner._fake_model(key, config), sequences=n, **settings)  # type: ignore[arg-type]
             for n in (2, 3, 7)
         )
     assert two.scaled(three, 5) == seven
@@ -443,6 +459,9 @@ def test_a_figure_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str], e
     ("words", "named"),
     [
         (["plan"], "--model"),
+        ([*SMALL, "--nodes", "2", "--gpus-per-node", "3", "--shard", "4"], "shard=4 does not divide the 6"),
+        ([*SMALL, "--shard", "2", "--figure", "memory.png"], "figure="),
+        ([*SMALL, "--shard", "2", "--preset", "qgalore"], "model.int8"),
         (["plan", "--model", "llama-9M"], "did you mean llama-9m"),
         (["plan", "--model", "no/such/model"], "no/such/model"),
         ([*SMALL, "--preset", "galor"], "preset='galor'"),

@@ -23,10 +23,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import subspan
 from subspan.distributed import ignore_projected, shard_along
+from subspan.traffic import Traffic
 
 HERE = Path(__file__).parent
 HIDDEN, INTERMEDIATE, TOKENS = 512, 1376, 256
@@ -37,37 +37,6 @@ ROWS = {
     "low_rank": "copies, low-rank averages (GaLore, r = d/4)",
     "fsdp": "FSDP2 along k (GaLore, r = d/4)",
 }
-NAMES = {
-    "allreduce": "sum",
-    "all_reduce": "sum",
-    "reduce_scatter": "scatter",
-    "allgather": "gather",
-    "all_gather": "gather",
-    "broadcast": "copy",
-}
-
-
-class Counting(TorchDispatchMode):
-    """Bytes of every collective, by kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        namespace, name = func.name().split("::")
-        if namespace in ("c10d", "_c10d_functional") and "wait" not in name and "wrap" not in name:
-            kind = next((kind for start, kind in NAMES.items() if start in name), None)
-            if kind is None:
-                raise RuntimeError(f"{func.name()} is not counted yet")
-            tensors = [X for X in flat([args, out]) if isinstance(X, torch.Tensor)]
-            self.bytes[kind] += max(X.numel() * X.element_size() for X in tensors)
-        return out
-
-
-def flat(item: Any) -> list[Any]:
-    return [x for part in item for x in flat(part)] if isinstance(item, (list, tuple)) else [item]
 
 
 def layer() -> nn.Module:
@@ -136,11 +105,11 @@ def worker(rank: int, port: int, count: int, file: str) -> None:
         found[row] = []
         for step in range(GAP + 1):
             hidden = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(count * step + rank))
-            with Counting() as counting:
+            with Traffic() as traffic:
                 model(inputs_embeds=hidden).last_hidden_state.square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            found[row].append(dict(counting.bytes))
+            found[row].append({kind: size for (kind, _), size in traffic.payload.items()})
     if rank == 0:
         Path(file).write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -7,11 +7,18 @@ a refresh needs whole gradients, and sends (k, r) and (d, r) for every product w
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Work
+from torch.optim import Optimizer
+
+from subspan.live import plain_tensors
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Copies:
@@ -20,6 +27,7 @@ class Copies:
     def __init__(self, group: ProcessGroup) -> None:
         self.group, self.syncing = group, True
         self._pending: dict[Tensor, Work | None] = {}
+        self._meshes: dict[str, Any] = {}
 
     def start(self, p: Tensor, R: Tensor) -> None:
         """Average p's R in place, beside what comes next."""
@@ -52,11 +60,18 @@ class Copies:
 
     def spread(self, G: Tensor) -> Tensor:
         """G as what it is one addend of: products with it are averages over all processes."""
-        from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.tensor import DTensor, Partial
 
-        mesh = DeviceMesh.from_group(self.group, G.device.type)
-        return DTensor.from_local(G, mesh, [Partial("avg")], run_check=False)
+        return DTensor.from_local(G, self.mesh(G.device.type), [Partial("avg")], run_check=False)
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """The same processes as DTensors know them."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if device_type not in self._meshes:
+            self._meshes[device_type] = DeviceMesh.from_group(self.group, device_type)
+        mesh: DeviceMesh = self._meshes[device_type]
+        return mesh
 
     def max(self, X: Tensor) -> Tensor:
         """The largest of a number (0-d) of every process; inf for nan."""
@@ -79,6 +94,41 @@ def largest(X: Tensor, group: ProcessGroup) -> Tensor:
     X = X.nan_to_num(nan=float("inf"), posinf=float("inf"))
     dist.all_reduce(X, op=dist.ReduceOp.MAX, group=group)
     return X
+
+
+def check_copies(model: nn.Module, optimizer: Optimizer, process_group: ProcessGroup | None = None) -> None:
+    """RuntimeError, on every process, unless weights and optimizer state of all processes of `process_group` (None: all) are the
+    same bits. It names what differs.
+
+    To find out why copies drift apart: it compares sums, reads everything once and waits for all processes. Of tensors that are
+    cut, the parts here count: give the group of those that have the same parts.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        tensors[name] = p
+        state = optimizer.state.get(p, {})
+        tensors |= {f"{key} of {name}": X for key, X in state.items() if isinstance(X, Tensor)}
+    sums = torch.stack([_checksum(X) for X in tensors.values()]).to(next(model.parameters()).device)
+    least, most = sums.clone(), sums.clone()
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=process_group)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=process_group)
+    differ = [name for name, same in zip(tensors, (least == most).tolist(), strict=True) if not same]
+    if differ:
+        raise RuntimeError(
+            f"copies of the model differ in {len(differ)} of {len(tensors)} tensors, the first of them {', '.join(differ[:3])}: "
+            "a process had other gradients averaged, or changed a weight by itself"
+        )
+
+
+def _checksum(X: Tensor, length: int = 2**20) -> Tensor:
+    """A sum (0-d, int64) of X's bytes, each with its place."""
+    total = torch.zeros((), dtype=torch.int64, device=X.device)
+    for plain in plain_tensors(X):
+        codes = plain.detach().contiguous().view(-1).view(torch.uint8)
+        for start in range(0, len(codes), length):
+            part = codes[start : start + length].long()
+            total = total.mul_(31).add_(part.mul_(torch.arange(1, len(part) + 1, device=part.device)).sum())
+    return total
 
 
 def ignore_projected(

@@ -355,10 +355,17 @@ class ParallelConfig:
     replicate: int = 1
     """copies of the model, or of its parts: each trains on its own share of a batch, and gradients are averaged, low-rank ones
     where shard is 1 and the preset has them"""
+    check_every: int = 0
+    """steps between two comparisons of all copies by checksums, for whoever looks for a fault; 0: none"""
 
     def __post_init__(self) -> None:
         check_whole("parallel.shard", self.shard, minimum=1)
         check_whole("parallel.replicate", self.replicate, minimum=1)
+        check_whole("parallel.check_every", self.check_every, minimum=0)
+        if self.check_every and self.replicate == 1:
+            raise ValueError(
+                f"parallel.check_every={self.check_every} compares copies, and parallel.replicate=1 makes none: drop it"
+            )
 
     @property
     def count(self) -> int:
@@ -433,6 +440,11 @@ class TrainConfig:
     def micro_batch(self) -> int:
         """Sequences of a pass on one process."""
         return self.run.micro_batch or self.run.batch_size // self.parallel.count
+
+    @property
+    def accumulation(self) -> int:
+        """Passes of a step on one process."""
+        return self.run.batch_size // (self.micro_batch * self.parallel.count)
 
     @property
     def averages_low_rank(self) -> bool:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def _llama(hidden: int, intermediate: int, heads: int, layers: int) -> dict[str, Any]:
+def _llama(hidden: int, intermediate: int, heads: int, layers: int, **more: int) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -29,11 +29,13 @@ def _llama(hidden: int, intermediate: int, heads: int, layers: int) -> dict[str,
         "rms_norm_eps": 1e-6,
         "initializer_range": 0.02,
         "tie_word_embeddings": False,
+        **more,
     }
 
 
 # arXiv 2403.03507, Table 5, as the configs of jiaweizzhao/GaLore have it: the paper prints the 1B model's heads and layers
-# swapped (24 heads do not divide 2048). 2M, 9M, 25M are ours. The vocabulary is the tokenizer's; the paper's recipes set 32,000.
+# swapped (24 heads do not divide 2048). 2M, 9M, 25M are ours, 13B and 70B those of LLaMA 2 (arXiv 2307.09288). The vocabulary is
+# the tokenizer's; the paper's recipes set 32,000.
 LLAMA: dict[str, dict[str, Any]] = {
     "llama-2m": _llama(128, 344, 4, 6),
     "llama-9m": _llama(256, 688, 4, 8),
@@ -43,6 +45,8 @@ LLAMA: dict[str, dict[str, Any]] = {
     "llama-350m": _llama(1024, 2736, 16, 24),
     "llama-1b": _llama(2048, 5461, 32, 24),
     "llama-7b": _llama(4096, 11008, 32, 32),
+    "llama-13b": _llama(5120, 13824, 40, 40),
+    "llama-70b": _llama(8192, 28672, 64, 80, num_key_value_heads=8),
 }
 
 

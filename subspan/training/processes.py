@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,13 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from subspan.optim.copies import ignore_projected
+from subspan.optim.copies import check_copies, ignore_projected
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.training.config import ParallelConfig
 from subspan.training.models import blocks_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -114,20 +117,6 @@ class Processes:
 
     # The model and its optimizer.
 
-    def shard(self, model: nn.Module, groups: list[dict[str, Any]], device: torch.device) -> None:
-        """Cut the model's parameters, block by block, over `parallel.shard` processes, `parallel.replicate` times."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        from subspan.optim.shards import shard_along
-
-        sizes, names = (self.parallel.replicate, self.parallel.shard), ("replicate", "shard")
-        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-        mesh = mesh if self.parallel.replicate > 1 else mesh["shard"]
-        along = shard_along(groups, self.parallel.shard)
-        for module in (*blocks_of(model), model):
-            fully_shard(module, mesh=mesh, shard_placement_fn=along)
-
     def copy(self, model: nn.Module, optimizer: Optimizer) -> Copy:
         """What a forward pass goes through: where processes have whole copies of the model, DistributedDataParallel."""
         if self.count == 1 or self.parallel.shard > 1:
@@ -137,6 +126,36 @@ class Processes:
         assert isinstance(optimizer, ProjectedOptimizer)
         ignore_projected(model, optimizer.param_groups)
         return Copy(DistributedDataParallel(model), optimizer)
+
+    def check_copies(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """RuntimeError unless all copies are the same, bit by bit."""
+        group = None
+        if self.parallel.shard > 1:
+            group = next(p.device_mesh for p in model.parameters()).get_group("replicate")  # type: ignore[attr-defined]
+        check_copies(model, optimizer, group)
+
+
+def make_mesh(parallel: ParallelConfig, device_type: str) -> DeviceMesh:
+    """The processes by copy and part, or by part alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    sizes, names = (parallel.replicate, parallel.shard), ("replicate", "shard")
+    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=names)
+    return mesh if parallel.replicate > 1 else mesh["shard"]
+
+
+def shard_model(model: nn.Module, groups: list[dict[str, Any]], mesh: DeviceMesh) -> None:
+    """Cut the model's parameters, block by block, over the last dimension of `mesh` (FSDP2).
+
+    groups: of the model before, as `param_groups` makes them.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    from subspan.optim.shards import shard_along
+
+    along = shard_along(groups, mesh.size(-1))
+    for module in (*blocks_of(model), model):
+        fully_shard(module, mesh=mesh, shard_placement_fn=along)
 
 
 def _join() -> None:

@@ -33,7 +33,7 @@ from subspan.training.config import OptimConfig, RunConfig, TrainConfig, save_co
 from subspan.training.data import StreamDataset, make_loader
 from subspan.training.evaluation import Batch, EvalResult, evaluate, to_device, trained_tokens
 from subspan.training.models import build_model, compile_blocks, model_config, save_pretrained
-from subspan.training.processes import Processes
+from subspan.training.processes import Processes, make_mesh, shard_model
 from subspan.training.profile import SKIPPED, StepProfiler
 from subspan.training.resume import (
     CHECKPOINTS,
@@ -154,7 +154,7 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
     corpus = load_data(config.data, tokenizer_name(config), rank=processes.rank, world_size=processes.count)
     assert corpus.train is not None
     micro_batch = config.micro_batch
-    accumulation = run.batch_size // (micro_batch * processes.count)
+    accumulation = config.accumulation
     valid = corpus.valid_loader(micro_batch, run.eval_sequences)
 
     model = build_model(
@@ -177,7 +177,7 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
         compile_blocks(model)
 
     if config.parallel.shard > 1:
-        processes.shard(model, groups_of(model, config.optim), device)
+        shard_model(model, groups_of(model, config.optim), make_mesh(config.parallel, device.type))
     optimizer = build_optimizer(model, config)
     copy = processes.copy(model, optimizer)  # averages gradients after a backward pass
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -308,6 +308,8 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
                 if config.model.baseline == "relora" and step % config.model.merge_every == 0 and step < run.steps:
                     restart_adapters(model, optimizer, run.seed * 1_000_003 + step)
                 optimizer.zero_grad()
+                if config.parallel.check_every and step % config.parallel.check_every == 0:
+                    processes.check_copies(model, optimizer)
 
             duration = time.perf_counter() - begin
             progress.step = step
