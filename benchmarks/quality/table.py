@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from run import LONG, METHODS, RESULTS, SHORT
+from methods import LONG, METHODS, RESULTS, SHORT
 
 HERE = Path(__file__).parent
 

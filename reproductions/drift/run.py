@@ -38,7 +38,7 @@ from subspan.training.trainer import train
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 from grid import once
-from run import DENSE_RATE, GAP, Method, compiled, configure
+from methods import DENSE_RATE, GAP, Method, compiled, configure
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -24,7 +24,7 @@ from subspan.training.trainer import train as train_model
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 from grid import beside, once, training_files, walk
-from run import DENSE_RATE, GAP, LONG, SHORT, Method, compiled, configure
+from methods import DENSE_RATE, GAP, LONG, SHORT, Method, compiled, configure
 
 RESULTS = Path(__file__).with_name("results")
 

@@ -18,11 +18,12 @@ from subspan.training.config import TrainConfig
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 from grid import beside, training_files, walk
-from run import METHODS, configure, result_of, search
+from methods import LONG as LONG
+from methods import METHODS, configure, result_of, search
 
 ROWS = ("adamw", "galore", "factorized", "lora", "relora", "subspan")
-SHORT = 400  # steps of a run of the search
 SIZES = {"llama-9m": 1000, "llama-25m": 500}  # steps of a long run: 1 M and 0.5 M tokens
+SHORT = 400  # steps of a run of the search
 
 
 def main(
