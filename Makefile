@@ -16,7 +16,7 @@ quickstart: .venv/.train
 	$(BIN)/subspan train --config recipes/quickstart.yaml --run.out runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .

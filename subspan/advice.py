@@ -26,17 +26,19 @@ _GALORE = (
     Start(6.7e9, 0.005, 0.005, "arXiv 2403.03507, 7B", 500),
 )
 _ADAMW = (Start(8.4e6, 0.0005, 0.01, _FIRST),)
-_MUON = (Start(1.7e6, 0.01, 0.1, _TRIED),)
+_SUBSPAN = (Start(1.7e6, 0.01, 0.1, _GRID),)
 STARTS: dict[str, tuple[Start, ...]] = {
-    "galore": (Start(1.7e6, 0.01, 0.1, _TRIED, 100), *_GALORE),
+    "galore": (Start(1.7e6, 0.01, 0.1, _GRID, 100), *_GALORE),
     "galore8bit": _GALORE,
     "qgalore": _GALORE,
     "paper": _GALORE,
     "adamw": (Start(1.7e6, 0.003, 0.1, _GRID), *_ADAMW),
     "adamw8bit": _ADAMW,
-    "fira": (Start(1.7e6, 0.01, 0.1, _TRIED, 100),),
-    "muon": _MUON,
-    "subspan": _MUON,
+    "fira": (Start(1.7e6, 0.01, 0.1, _GRID, 100),),
+    "frugal": (Start(1.7e6, 0.003, 0.1, _GRID, 100),),
+    "apollo": (Start(1.7e6, 0.01, 0.1, _GRID, 100),),
+    "muon": (Start(1.7e6, 0.01, 0.1, _TRIED),),
+    "subspan": _SUBSPAN,
 }
 """By preset. Nothing is said of presets that are not listed: no run of theirs has been measured."""
 

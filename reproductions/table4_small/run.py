@@ -57,30 +57,29 @@ PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Settings of `subspan finetune`, and the learning rates that are tried."""
+    """Settings of `subspan finetune`, and the learning rates that are tried, or the method whose best rate is taken over."""
 
     title: str
-    rates: tuple[float, ...]
+    rates: tuple[float, ...] | str
     optim: dict[str, Any]
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _galore(preset: str, name: str, rank: int) -> Method:
-    return Method(f"{name} r = {rank}", (3e-5, 1e-4, 3e-4), {"preset": preset, "rank": rank, "update_proj_gap": 100})
+def _galore(rank: int, rates: tuple[float, ...] | str) -> Method:
+    return Method(f"GaLore r = {rank}", rates, {"preset": "galore", "rank": rank, "update_proj_gap": 100})
 
 
-def _lora(rank: int) -> Method:
+def _lora(rank: int, rates: tuple[float, ...] | str) -> Method:
     model = {"baseline": "lora", "lora_alpha": 2.0 * rank}
-    return Method(f"LoRA r = {rank}", (3e-4, 1e-3, 3e-3), {"preset": "adamw", "rank": rank}, model)
+    return Method(f"LoRA r = {rank}", rates, {"preset": "adamw", "rank": rank}, model)
 
 
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", (3e-5, 1e-4, 3e-4), {"preset": "adamw"}),
-    "lora4": _lora(4),
-    "lora8": _lora(8),
-    "galore4": _galore("galore", "GaLore", 4),
-    "galore8": _galore("galore", "GaLore", 8),
-    "fira8": _galore("fira", "Fira", 8),
+    "lora4": _lora(4, "lora8"),
+    "lora8": _lora(8, (3e-4, 1e-3, 3e-3)),
+    "galore4": _galore(4, "galore8"),
+    "galore8": _galore(8, (3e-5, 1e-4, 3e-4)),
     "subspan": Method("subspan", (3e-4, 1e-3, 3e-3), {"preset": "subspan"}),
 }
 
@@ -193,9 +192,11 @@ def main(
     for task in tasks or PARTS:
         files = prepare(Path(tasks_folder).expanduser(), task, Path(out) / "rows" / task)
         for name in methods or METHODS:
-            scores = {}
-            for lr in METHODS[name].rates:
-                result = result_of(name, task, lr, SEARCH_SEED, model, files, Path(out), threads)
+            scores, rates, searched = {}, METHODS[name].rates, name
+            if isinstance(rates, str):
+                searched, rates = rates, METHODS[rates].rates
+            for lr in rates:
+                result = result_of(searched, task, lr, SEARCH_SEED, model, files, Path(out), threads)
                 scores[lr] = result["last"][result["metrics"][0]]
             lr = max(scores, key=lambda rate: scores[rate])
             for seed in [] if search_only else seeds or PARTS[task].seeds:
