@@ -127,6 +127,21 @@ class Processes:
         ignore_projected(model, optimizer.param_groups)
         return Copy(DistributedDataParallel(model), optimizer)
 
+    def fill(self, model: nn.Module, build: Callable[[], nn.Module], device: torch.device) -> None:
+        """Give a cut model on the meta device its memory, on `device`, and the values of `build()`, which the first process alone
+        calls: one whole model in one host's memory, and never more than a tensor of it on an accelerator."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        built: list[nn.Module] = []
+        self.first_does(lambda: built.append(build()))
+        model.to_empty(device=device)
+        state = built[0].state_dict() if built else {}
+        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+        for name, X in model.named_buffers():  # those that no state_dict has
+            if built:
+                X.copy_(built[0].get_buffer(name))
+            dist.broadcast(X, 0)
+
     def check_copies(self, model: nn.Module, optimizer: Optimizer) -> None:
         """RuntimeError unless all copies are the same, bit by bit."""
         group = None

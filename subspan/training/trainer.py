@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import platform
@@ -157,16 +158,17 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
     accumulation = config.accumulation
     valid = corpus.valid_loader(micro_batch, run.eval_sequences)
 
-    model = build_model(
+    build = functools.partial(
+        build_model,
         config.model.name,
         vocab_size=len(corpus.tokenizer),
         seq_len=config.data.seq_len,
-        pretrained=config.model.pretrained,
         dtype=config.model.dtype,
         overrides=config.model.overrides,
-        device=device,
         int8=config.int8_weights,
     )
+    sharded, pretrained = config.parallel.shard > 1, config.model.pretrained
+    model = build(device="meta") if sharded else build(device=device, pretrained=pretrained)
     add_baseline(model, config)
     model.train()
     check_vocabulary(model, corpus.tokenizer)
@@ -176,8 +178,9 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
     if config.model.compile:
         compile_blocks(model)
 
-    if config.parallel.shard > 1:
+    if sharded:
         shard_model(model, groups_of(model, config.optim), make_mesh(config.parallel, device.type))
+        processes.fill(model, functools.partial(build, device="cpu", pretrained=pretrained), device)
     optimizer = build_optimizer(model, config)
     copy = processes.copy(model, optimizer)  # averages gradients after a backward pass
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
