@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "int8": {"optim": {"preset": "galore8bit", "update_proj_gap": 2}},
     "fira": {"optim": {"preset": "fira", "update_proj_gap": 2}},
     "subspan": {"optim": {"preset": "subspan"}},
-    "adamw": {"optim": {"preset": "adamw", "lr": 0.003}},
+    "adamw": {"optim": {"preset": "adamw", "lr": 0.003}, "run": {"profile": 2}},
 }
 
 
@@ -124,6 +124,8 @@ def test_two_processes_train_as_one(two: Path, case: str, layout: str) -> None:
     check_same(two / f"one_{case}", two / f"{layout}_{case}", atol=1e-3 if case == "int8" else 1e-4)
     share = [found(two / f"{name}_{case}")[2]["bytes"]["moments"] for name in ("one", layout)]
     assert share[1] / share[0] == pytest.approx(0.5 if layout == "shards" else 1, rel=0.1)
+    if case == "adamw":
+        assert len(json.loads((two / f"{layout}_{case}" / "profile.json").read_text())["steps"]) == 2
 
 
 def test_a_checkpoint_goes_on_with_another_number_of_processes(folder: Path) -> None:

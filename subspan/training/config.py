@@ -423,7 +423,6 @@ class TrainConfig:
         for name, given in (
             ("model.baseline", self.model.baseline),
             ("run.diagnostics", self.run.diagnostics),
-            ("run.profile", self.run.profile),
             ("model.int8", self.int8_weights),
         ):
             if given:

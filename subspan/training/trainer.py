@@ -235,7 +235,7 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
         out.mkdir(parents=True, exist_ok=True)
         save_config(config, out / "config.yaml")  # before all else: it makes the folder one that --resume auto knows
     watch = Diagnostics(optimizer, model) if run.diagnostics and isinstance(optimizer, ProjectedOptimizer) else None
-    profiler = StepProfiler(out, run.profile, device, log.say) if run.profile else None
+    profiler = StepProfiler(out, run.profile, device, log.say) if run.profile and processes.first else None
     with log, profiler or nullcontext(), StopSignal(log.say, processes.largest) as stop:
 
         def validate(step: int) -> EvalResult:
