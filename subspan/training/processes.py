@@ -118,14 +118,15 @@ class Processes:
     # The model and its optimizer.
 
     def copy(self, model: nn.Module, optimizer: Optimizer) -> Copy:
-        """What a forward pass goes through: where processes have whole copies of the model, DistributedDataParallel."""
+        """What a forward pass goes through: where processes have whole copies of the model, DistributedDataParallel, in whose
+        buckets gradients lie."""
         if self.count == 1 or self.parallel.shard > 1:
             return Copy(model)
         if getattr(optimizer, "copies", None) is None:
-            return Copy(DistributedDataParallel(model))
+            return Copy(DistributedDataParallel(model, gradient_as_bucket_view=True))
         assert isinstance(optimizer, ProjectedOptimizer)
         ignore_projected(model, optimizer.param_groups)
-        return Copy(DistributedDataParallel(model), optimizer)
+        return Copy(DistributedDataParallel(model, gradient_as_bucket_view=True), optimizer)
 
     def fill(self, model: nn.Module, build: Callable[[], nn.Module], device: torch.device) -> None:
         """Give a cut model on the meta device its memory, on `device`, and the values of `build()`, which the first process alone
