@@ -3,9 +3,9 @@
     python benchmarks/scaling/measured.py
 
 Every row is planned once, and run for a few steps of the trainer's loop, twice. Bytes at once: allocator events of
-torch.profiler(profile_memory=True) in the first process, in the fullest step; each is counted from its own start, because what
-gloo's threads free is not seen. Bytes exchanged: `subspan.traffic.Traffic` around a step without a refresh, and around one in
-which every basis is refreshed.
+torch.profiler(profile_memory=True) in the first process, in the fullest step; each is counted from its own start, because the
+profiler does not see what gloo's threads free, which is why there are none of steps with two passes. Bytes exchanged: of T steps,
+in which every basis is refreshed once (subspan.traffic).
 """
 
 from __future__ import annotations
@@ -162,22 +162,25 @@ def measure_bytes(config: TrainConfig) -> dict[str, int]:
     return {"weights": memory.weights, "basis": memory.basis, "moments": memory.moments, "peak": peak}
 
 
-def measure_traffic(config: TrainConfig) -> dict[str, dict[str, int]]:
-    step, _, optimizer = build(config)
-    found: dict[str, dict[str, int]] = {}
-    for number in range(2 * GAP + 1):
-        due = [optimizer.refresh_due(p) for group in optimizer.param_groups if "rank" in group for p in group["params"]]
-        with Traffic() as traffic:
+def measure_traffic(config: TrainConfig) -> dict[str, int]:
+    """Of T steps, in which every basis is refreshed once, and not for the first time."""
+    step, _, _ = build(config)
+    for _ in range(GAP + 1):
+        step()
+    with Traffic() as traffic:
+        for _ in range(GAP):
             step()
-        if number and (not any(due) or all(due)):
-            found.setdefault("refresh" if any(due) else "plain", by_kind(traffic.payload))
-    return found
+    return by_kind(traffic.payload)
 
 
 def by_kind(payload: Any) -> dict[str, int]:
     kinds = Counter[str]()
     for (kind, _), size in payload.items():
         kinds[kind] += size
+    return by_order(kinds)
+
+
+def by_order(kinds: Counter[str]) -> dict[str, int]:
     return {kind: kinds[kind] for kind in CHANNELS if kinds[kind]}
 
 
@@ -187,13 +190,12 @@ def plan(row: Row, queue: Any) -> None:
         planner = Planner(VOCABULARY)
         planned = planner.plan(config)
         traffic = planner.traffic(config) if config.parallel.count > 1 else {}
-    plain = Counter[str]()
-    for part in ("passes", "optimizer"):
-        plain.update(by_kind(traffic.get(part, {})))
+    steps = Counter[str]()
+    for payload in traffic.values():
+        steps.update({kind: GAP * size for kind, size in by_kind(payload).items()})
     queue.put({
         "bytes": {key: getattr(planned, key) for key in ("weights", "basis", "moments", "peak")},
-        "plain": {kind: plain[kind] for kind in CHANNELS if plain[kind]},
-        "refreshes": by_kind(traffic.get("refreshes", {})),
+        "traffic": by_order(steps),
     })  # fmt: skip
 
 
@@ -226,13 +228,14 @@ def main(only: str = "") -> None:
     (HERE / "results").mkdir(exist_ok=True)
     for row in ROWS:
         file = result_file(row)
-        if file.exists() or only not in row.name:
+        result = json.loads(file.read_text()) if file.exists() else {}
+        if only not in row.name or {"bytes", "traffic"} <= result.get("measured", {}).keys():
             continue
         count = row.config().parallel.count
-        result = {"planned": in_processes(1, plan, row)}
-        result["measured"] = {
-            what: in_processes(count, worker, free_port(), row, what) for what in ("bytes", "traffic")
-        }
+        result["planned"] = in_processes(1, plan, row)
+        measured = result.setdefault("measured", {})
+        for what in {"bytes", "traffic"} - measured.keys():
+            measured[what] = in_processes(count, worker, free_port(), row, what)
         result["about"] = {"torch": torch.__version__, "machine": platform.machine()}
         file.write_text(json.dumps(result, indent=1) + "\n")
         print(row.name, flush=True)
@@ -243,11 +246,11 @@ def write_tables() -> None:
     """The tables of README.md, from results/*.json."""
     found = [(row, json.loads(path.read_text())) for row in ROWS if (path := result_file(row)).exists()]
     memory = [
-        "| shard x replicate | preset, gradients | weights, MiB | basis | moments | peak, planned | measured | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| shard x replicate | preset, gradients | weights, MiB | basis | moments | peak, planned | measured |",
+        "|---|---|---|---|---|---|---|",
     ]
     traffic = [
-        "| shard x replicate | preset, gradients | a step, planned, KiB | measured | a refresh adds, planned, KiB | measured |",
+        "| shard x replicate | preset, gradients | gathered, KiB: planned, measured | scattered | summed | copied |",
         "|---|---|---|---|---|---|",
     ]
     for row, result in found:
@@ -255,14 +258,14 @@ def write_tables() -> None:
         name = f"| {row.shard} x {row.replicate} | {row.preset}, {row.gradients}{f' x{row.passes}' if row.passes > 1 else ''}"
         parts = [exact(planned["bytes"][key], measured["bytes"][key], MIB) for key in ("weights", "basis", "moments")]
         peaks = planned["bytes"]["peak"], measured["bytes"]["peak"]
-        parts += [f"{peaks[0] / MIB:.2f}", f"{peaks[1] / MIB:.2f}", f"{peaks[0] / peaks[1] - 1:+.2%}"]
+        parts += [f"{peaks[0] / MIB:.2f}", f"{peaks[1] / MIB:.2f}" if row.passes == 1 else "-"]
         memory.append(f"{name} | {' | '.join(parts)} |")
         if row.shard * row.replicate > 1:
-            plain = sum(planned["plain"].values()), sum(measured["traffic"]["plain"].values())
-            refresh = [f"{GAP * sum(planned['refreshes'].values()) / 1024:.1f}", "-"]
-            if "refresh" in measured["traffic"]:
-                refresh[1] = f"{(sum(measured['traffic']['refresh'].values()) - plain[1]) / 1024:.1f}"
-            traffic.append(f"{name} | {plain[0] / 1024:.1f} | {plain[1] / 1024:.1f} | {' | '.join(refresh)} |")
+            cells = []
+            for kind in CHANNELS:
+                both = [found["traffic"].get(kind, 0) for found in (planned, measured)]
+                cells.append(f"{both[0] / 1024:,.1f}, {both[1] / 1024:,.1f}" if any(both) else "-")
+            traffic.append(f"{name} | {' | '.join(cells)} |")
     readme = HERE / "README.md"
     text = readme.read_text()
     for name, lines in (("memory", memory), ("traffic", traffic)):
