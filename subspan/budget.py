@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from subspan.memory import GIB
@@ -65,10 +64,7 @@ def search(config: TrainConfig, budget: int, space: Space | None = None, planner
     Raises ValueError when nothing fits: what comes closest, and what is missing.
     """
     space, planner = space or Space(), planner or Planner()
-    fits: list[Fit] = []
-    for preset, rank in _presets_and_ranks(config, space):
-        if fit := _first_fit(config, budget, space, planner, preset, rank):
-            fits.append(fit)
+    fits = _fits(config, budget, space, planner)
     if not fits:
         closest = min(_smallest(config, space, planner), key=lambda fit: fit.plan.peak)
         peak, weights = closest.plan.peak / GIB, closest.plan.weights / GIB
@@ -79,16 +75,13 @@ def search(config: TrainConfig, budget: int, space: Space | None = None, planner
     return fits
 
 
-def largest_model(config: TrainConfig, budget: int, space: Space | None, planner: Planner) -> list[Fit]:
-    """As `search`, of the largest `llama-*` size of which anything fits; the rank of `space` is that size's own choice if None.
-
-    Raises ValueError when not even the smallest fits.
-    """
-    *larger, smallest = reversed(LLAMA)
-    for name in larger:
-        with suppress(ValueError):
-            return search(replace(config, model=replace(config.model, name=name)), budget, space, planner)
-    return search(replace(config, model=replace(config.model, name=smallest)), budget, space, planner)
+def largest_model(config: TrainConfig, budget: int, space: Space, planner: Planner) -> list[Fit]:
+    """As `search`, of the largest `llama-*` size of which anything fits. Raises ValueError when not even the smallest fits."""
+    *larger, smallest = (replace(config, model=replace(config.model, name=name)) for name in reversed(LLAMA))
+    for config in larger:
+        if fits := _fits(config, budget, space, planner):
+            return fits
+    return search(smallest, budget, space, planner)
 
 
 def describe_fits(fits: Sequence[Fit], budget: int) -> str:
@@ -100,8 +93,13 @@ def describe_fits(fits: Sequence[Fit], budget: int) -> str:
     ]
     for fit in fits:
         cards = describe_cards(fit.plan.cards()[:1])
-        lines.append(f"  {fit.plan.peak / GIB:7.2f} GiB  {fit!s:<76} {cards} and up" if fit.plan.cards() else cards)
+        lines.append(f"  {fit.plan.peak / GIB:7.2f} GiB  {fit!s:<76} {cards}{' and up' if fit.plan.cards() else ''}")
     return "\n".join(lines)
+
+
+def _fits(config: TrainConfig, budget: int, space: Space, planner: Planner) -> list[Fit]:
+    tried = (_first_fit(config, budget, space, planner, *one) for one in _presets_and_ranks(config, space))
+    return [fit for fit in tried if fit is not None]
 
 
 def _presets_and_ranks(config: TrainConfig, space: Space) -> Iterator[tuple[str, int]]:
