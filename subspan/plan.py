@@ -224,7 +224,10 @@ class Planner:
         key, model = self._model(config, lora)
         trace = self._trace(key, config)
         update = self._update(key, config)
-        phases = put_together(trace, update.costs, update.due, config.accumulation, sum(update.buckets.values()))
+        costs = update.costs
+        if config.accumulation == 1:  # else gradients wait beside their buckets until the last pass
+            costs = {name: cost.kept_elsewhere() if name in update.buckets else cost for name, cost in costs.items()}
+        phases = put_together(trace, costs, update.due, config.accumulation, sum(update.buckets.values()))
         count = sum(p.numel() for p in model.parameters())
         return MemoryPlan(count, update.memory.weights, update.memory.basis, update.memory.moments, phases)
 
@@ -308,11 +311,12 @@ class Planner:
         return self._fake_model(key, config) if config.parallel.shard > 1 else self._models[key]
 
     def _optimizer(self, key: str, config: TrainConfig) -> ProjectedOptimizer:
-        """Of `_placed`, with state, and without the hooks that `optim.gradients` would add to its parameters."""
-        hold = replace(config, optim=replace(config.optim, gradients="hold"))
+        """Of `_placed`, with state, and without the hooks that another optimizer of the same parameters would meet."""
         with self.fake if config.parallel.shard > 1 else nullcontext():
-            optimizer = build_optimizer(self._placed(key, config), hold)
+            optimizer = build_optimizer(self._placed(key, config), config)
         assert isinstance(optimizer, ProjectedOptimizer)
+        if optimizer._backward:
+            optimizer._backward.detach()
         return optimizer
 
     def _trace(self, key: str, config: TrainConfig) -> Trace:
@@ -350,7 +354,6 @@ class Planner:
                 others = projected if config.averages_low_rank else set()
                 buckets = {name: p.nbytes for p, name in names.items() if p.requires_grad and name not in others}
             costs = self._costs(key, config, optimizer, due)
-            costs = {name: cost.kept_elsewhere() if name in buckets else cost for name, cost in costs.items()}
             self._updates[settings] = Update(count_memory(model, optimizer), costs, due, projected, buckets)
         return self._updates[settings]
 

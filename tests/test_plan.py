@@ -256,6 +256,17 @@ def test_a_compiled_step_is_planned_as_an_eager_one() -> None:
     assert plan_memory(compiled) == plan_memory(config)
 
 
+def test_refreshes_are_planned_as_they_are_staggered() -> None:
+    """`project` keeps whole gradients of what is refreshed together: with a long T, of one matrix."""
+    due = {}
+    for mode in ("hold", "project", "update"):
+        planner, config = Planner(), make_config(preset="galore", gradients=mode, update_proj_gap=100)
+        planner.plan(config)
+        (update,) = planner._updates.values()
+        due[mode] = len(update.due)
+    assert due == {"hold": 14, "project": 1, "update": 1}
+
+
 def test_one_planner_plans_like_many() -> None:
     planner = Planner()
     configs = [

@@ -4,8 +4,8 @@
 
 Every row is planned once, and run for a few steps of the trainer's loop, twice. Bytes at once: allocator events of
 torch.profiler(profile_memory=True) in the first process, in the fullest step; each is counted from its own start, because the
-profiler does not see what gloo's threads free, which is why there are none of steps with two passes. Bytes exchanged: of T steps,
-in which every basis is refreshed once (subspan.traffic).
+profiler does not see what gloo's threads free. Bytes exchanged: of T steps, in which every basis is refreshed once
+(subspan.traffic).
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def write_tables() -> None:
         name = f"| {row.shard} x {row.replicate} | {row.preset}, {row.gradients}{f' x{row.passes}' if row.passes > 1 else ''}"
         parts = [exact(planned["bytes"][key], measured["bytes"][key], MIB) for key in ("weights", "basis", "moments")]
         peaks = planned["bytes"]["peak"], measured["bytes"]["peak"]
-        parts += [f"{peaks[0] / MIB:.2f}", f"{peaks[1] / MIB:.2f}" if row.passes == 1 else "-"]
+        parts += [f"{peaks[0] / MIB:.2f}", f"{peaks[1] / MIB:.2f}"]
         memory.append(f"{name} | {' | '.join(parts)} |")
         if row.shard * row.replicate > 1:
             cells = []
