@@ -78,8 +78,8 @@ def search(config: TrainConfig, budget: int, space: Space | None = None, planner
 def largest_model(config: TrainConfig, budget: int, space: Space, planner: Planner) -> list[Fit]:
     """As `search`, of the largest `llama-*` size of which anything fits. Raises ValueError when not even the smallest fits."""
     *larger, smallest = (replace(config, model=replace(config.model, name=name)) for name in reversed(LLAMA))
-    for config in larger:
-        if fits := _fits(config, budget, space, planner):
+    for candidate in larger:
+        if fits := _fits(candidate, budget, space, planner):
             return fits
     return search(smallest, budget, space, planner)
 

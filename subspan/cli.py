@@ -274,9 +274,10 @@ def plan_config(arguments: Any) -> tuple[TrainConfig, int | None]:
         if arguments[name] is not None:
             sections[section][field] = arguments[name]
     parallel = config.parallel
-    if arguments.nodes or arguments.gpus_per_node or arguments.shard:
-        gpus_per_node = arguments.gpus_per_node or arguments.shard or 1
-        parallel = layout(arguments.nodes or 1, gpus_per_node, arguments.shard)
+    nodes, gpus_per_node, shard = arguments.nodes, arguments.gpus_per_node, arguments.shard
+    if (nodes, gpus_per_node, shard) != (None, None, None):
+        gpus_per_node = next(number for number in (gpus_per_node, shard, 1) if number is not None)
+        parallel = layout(1 if nodes is None else nodes, gpus_per_node, shard)
     micro_batch, accumulation = (
         arguments.micro_batch or config.micro_batch,
         arguments.accumulation or config.accumulation,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from subspan.memory import GIB
 from subspan.plan import Planner
 from subspan.traffic import Payload, sent
-from subspan.training.config import ParallelConfig, TrainConfig
+from subspan.training.config import ParallelConfig, TrainConfig, check_whole
 
 WORDS = {
     "passes": "weights and gradients",
@@ -45,9 +45,13 @@ def pretended(parallel: ParallelConfig) -> Iterator[None]:
 
 
 def layout(nodes: int, gpus_per_node: int, shard: int | None = None) -> ParallelConfig:
-    """All processes in `shard` parts (None: each has one), as many copies as that leaves. ValueError: parts left over."""
+    """All processes in `shard` parts (None: each has one), as many copies as that leaves. ValueError: parts left over, or a
+    number below 1."""
+    check_whole("shard", shard, minimum=1, optional=True)
+    check_whole("nodes", nodes, minimum=1)
+    check_whole("gpus_per_node", gpus_per_node, minimum=1)
     count = nodes * gpus_per_node
-    shard = shard or count
+    shard = count if shard is None else shard
     if count % shard:
         raise ValueError(
             f"shard={shard} does not divide the {count} processes of nodes={nodes} times gpus_per_node={gpus_per_node}: change "

@@ -67,10 +67,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for plain in plain_tensors(X):
             storage = plain.untyped_storage()
             if storage not in self._known:
-                size = storage.nbytes()
-                entry: list[Any] = [self.kind, size]
-                self._known[storage] = (entry, weakref.ref(storage, functools.partial(self._free, entry)))
-                self.bytes[self.kind] += size
+                self._register(storage, self.kind)
+
+    def _register(self, storage: torch.UntypedStorage, kind: Kind) -> None:
+        entry: list[Any] = [kind, storage.nbytes()]
+        self._known[storage] = (entry, weakref.ref(storage, functools.partial(self._free, entry)))
+        self.bytes[kind] += entry[1]
 
     def _free(self, entry: list[Any], _: object) -> None:
         self.bytes[entry[0]] -= entry[1]
@@ -100,10 +102,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             entry = self._known[storage][0]
             self.bytes[entry[0]] -= entry[1]
             entry[:] = "temporaries", storage.nbytes()
+            self.bytes["temporaries"] += entry[1]
         else:
-            entry = ["temporaries", storage.nbytes()]
-            self._known[storage] = (entry, weakref.ref(storage, functools.partial(self._free, entry)))
-        self.bytes["temporaries"] += entry[1]
+            self._register(storage, "temporaries")
         self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(

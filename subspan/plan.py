@@ -250,9 +250,8 @@ class Planner:
     def _exchanged(self, key: str, config: TrainConfig, due: Set[str]) -> Counter[Any]:
         """By the optimizer in a step that refreshes the parameters `due`."""
         total = Counter[Any]()
-        arrivals = (
-            1 if config.averages_low_rank else config.accumulation
-        )  # averages are made in the last pass of a step
+        # Averages are made in the last pass of a step.
+        arrivals = 1 if config.averages_low_rank else config.accumulation
         for cost in self._costs(key, config, self._optimizer(key, config), due).values():
             for payload, times in ((cost.arriving, arrivals), (cost.finishing, 1)):
                 total.update({place: times * size for place, size in payload.items()})

@@ -191,9 +191,8 @@ def watch_update(model: nn.Module, optimizer: ProjectedOptimizer, p: Tensor, ref
         _Arrive.apply(p).backward()  # type: ignore[no-untyped-call]
 
     optimizer.refresh_due = lambda p: refresh  # type: ignore[method-assign]
-    optimizer._steps[p] = optimizer._timetable.refreshes[p] = (
-        1  # it has moments for a refresh to move, and a basis to start from
-    )
+    # It has moments for a refresh to move, and a basis to start from.
+    optimizer._steps[p] = optimizer._timetable.refreshes[p] = 1
     arriving, finishing = Traffic(), Traffic()
     with _few_parts():
         with arriving, live:

@@ -471,6 +471,8 @@ def test_a_figure_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str], e
     [
         (["plan"], "--model"),
         ([*SMALL, "--nodes", "2", "--gpus-per-node", "3", "--shard", "4"], "shard=4 does not divide the 6"),
+        ([*SMALL, "--nodes", "0", "--gpus-per-node", "2"], "nodes=0"),
+        ([*SMALL, "--shard", "0"], "shard=0"),
         ([*SMALL, "--shard", "2", "--figure", "memory.png"], "figure="),
         ([*SMALL, "--shard", "2", "--preset", "qgalore"], "model.int8"),
         (["plan", "--model", "llama-9M"], "did you mean llama-9m"),
