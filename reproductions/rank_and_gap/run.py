@@ -24,10 +24,11 @@ from subspan.training.trainer import train as train_model
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
 from grid import beside, once, training_files, walk
-from methods import DENSE_RATE, GAP, LONG, SHORT, Method, compiled, configure
+from methods import DENSE_RATE, GAP, SHORT, Method, compiled, configure
 
 RESULTS = Path(__file__).with_name("results")
 
+LONG = 1000  # steps of a long run: 1 M tokens, half of benchmarks/quality
 NEVER = 10**9  # T of a basis that is kept
 RANKS, GAPS = (16, 32, 64), (50, 100, 200)  # of 128 dimensions
 EXTREMES = ((4, GAP), (128, GAP), (32, 10), (32, NEVER))
