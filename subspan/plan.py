@@ -227,7 +227,8 @@ class Planner:
         costs = update.costs
         if config.accumulation == 1:  # else gradients wait beside their buckets until the last pass
             costs = {name: cost.kept_elsewhere() if name in update.buckets else cost for name, cost in costs.items()}
-        phases = put_together(trace, costs, update.due, config.accumulation, sum(update.buckets.values()))
+        held = config.optim.gradients == "hold"
+        phases = put_together(trace, costs, update.due, config.accumulation, sum(update.buckets.values()), held)
         count = sum(p.numel() for p in model.parameters())
         return MemoryPlan(count, update.memory.weights, update.memory.basis, update.memory.moments, phases)
 

@@ -46,6 +46,7 @@ class Trace:
 
     series: after every operation; the first `forward` of them are the forward pass.
     arrivals: (position in the series, parameter's name), in order. alive: at each, without the gradient that arrives.
+    others: at each, bytes of the other gradients in its memory: FSDP2 has one piece for those of a block.
     left: what is alive at the end. traffic: what the passes exchange with other processes.
     """
 
@@ -53,6 +54,7 @@ class Trace:
     forward: int
     arrivals: list[tuple[int, str]]
     alive: list[Pair]
+    others: list[int]
     left: Pair
     traffic: Payload
 
@@ -116,16 +118,18 @@ def watch_passes(
     """The trace of a causal LM of transformers that no optimizer has hooked. Call it inside FakeTensorMode."""
     arrivals: list[tuple[int, str]] = []
     alive: list[Pair] = []
+    others: list[int] = []
     live = LiveBytes([*model.parameters(), *model.buffers()])
 
     def now() -> Pair:
         return live.bytes["activations"], live.bytes["temporaries"]
 
     def arrived(name: str, p: Tensor) -> None:
-        assert p.grad is not None
-        live.mark(local(p.grad), "gradients")
+        G = local(p.grad)
+        live.mark(G, "gradients")
         arrivals.append((len(live.series), name))
         alive.append(now())
+        others.append(G.untyped_storage().nbytes() - G.nbytes)
 
     with contextlib.ExitStack() as undo:
         if checkpointing:
@@ -153,28 +157,28 @@ def watch_passes(
         left = now()
     for p in model.parameters():
         p.grad = None
-    return Trace(live.series, forward, arrivals, alive, left, traffic.payload)
+    return Trace(live.series, forward, arrivals, alive, others, left, traffic.payload)
 
 
 class _Arrive(torch.autograd.Function):
-    """A backward pass that only hands over a gradient."""
+    """A backward pass that only hands over a gradient. shared: it is not all of its memory, as with FSDP2."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor) -> Tensor:
+    def forward(ctx: Any, p: Tensor, shared: bool) -> Tensor:
         here = local(p)
-        ctx.shape, ctx.dtype = here.shape, here.dtype
+        ctx.shape, ctx.dtype, ctx.shared = here.shape, here.dtype, shared
         ctx.around = (p.device_mesh, p.placements, p.shape, p.stride()) if is_spread(p) else None  # type: ignore[attr-defined]
         return torch.zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Tensor:
-        G = torch.empty(ctx.shape, dtype=ctx.dtype)
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        G = torch.empty(ctx.shape.numel() + ctx.shared, dtype=ctx.dtype)[: ctx.shape.numel()].view(ctx.shape)
         if ctx.around is None:
-            return G
+            return G, None
         from torch.distributed.tensor import DTensor
 
         mesh, placements, shape, stride = ctx.around
-        return DTensor.from_local(G, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(G, mesh, placements, run_check=False, shape=shape, stride=stride), None
 
 
 def watch_update(model: nn.Module, optimizer: ProjectedOptimizer, p: Tensor, refresh: bool) -> Cost:
@@ -188,7 +192,8 @@ def watch_update(model: nn.Module, optimizer: ProjectedOptimizer, p: Tensor, ref
         return live.peak
 
     def arrive() -> None:
-        _Arrive.apply(p).backward()  # type: ignore[no-untyped-call]
+        shared = is_spread(p) and optimizer.gradients == "project"
+        _Arrive.apply(p, shared).backward()  # type: ignore[no-untyped-call]
 
     optimizer.refresh_due = lambda p: refresh  # type: ignore[method-assign]
     # It has moments for a refresh to move, and a basis to start from.
@@ -211,12 +216,12 @@ def watch_update(model: nn.Module, optimizer: ProjectedOptimizer, p: Tensor, ref
 
 
 def put_together(
-    trace: Trace, costs: Mapping[str, Cost], refreshed: Set[str], accumulation: int, always: int = 0
+    trace: Trace, costs: Mapping[str, Cost], refreshed: Set[str], accumulation: int, always: int = 0, held: bool = True
 ) -> dict[PhaseName, Phase]:
     """The fullest moment of each phase of a step: `accumulation` passes, then `prepare()` and `step()`, as the trainer does.
 
     costs: of every trained parameter by name, in the order of the optimizer; refreshed: the names of those whose basis changes.
-    always: bytes of gradients that are never freed.
+    always: bytes of gradients that are never freed. held: whether gradients stay in the memory where they arrive.
     """
     phases: dict[PhaseName, Phase] = {}
 
@@ -230,10 +235,12 @@ def put_together(
     forward, *pieces, last = trace.fullest
     for _ in range(min(accumulation, 2)):  # from the second pass on, all are alike
         moment("forward", waiting, *forward)
-        for (_, name), fullest, (activations, temporaries) in zip(trace.arrivals, pieces, trace.alive, strict=True):
+        for (_, name), fullest, (activations, temporaries), others in zip(
+            trace.arrivals, pieces, trace.alive, trace.others, strict=True
+        ):
             moment("backward", waiting, *fullest)
             cost = costs[name]
-            most = cost.again if name in arrived else cost.arrive
+            most = (cost.again if name in arrived else cost.arrive) + (0 if held else others)
             own = min(cost.gradient, most)
             phase: PhaseName = "refresh" if name in refreshed else "backward"
             moment(phase, waiting + own, activations, temporaries + most - own)

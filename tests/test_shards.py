@@ -84,7 +84,7 @@ def groups_of(net: nn.Module) -> list[dict[str, Any]]:
 
 
 def fit(case: str, count: int, axis: str, replicas: int = 1) -> dict[str, Any]:
-    """Losses, whole weights, whole state and this process' bytes; count 0: without a process group."""
+    """Losses, whole weights and state, this process' bytes, gradients before the last step; count 0: without a process group."""
     torch.manual_seed(0)
     net = Net()
     if count:
@@ -111,6 +111,8 @@ def fit(case: str, count: int, axis: str, replicas: int = 1) -> dict[str, Any]:
         if count:
             dist.all_reduce(total)
         losses.append(float(total) / parts)
+        waiting = {name: here(p.grad) for name, p in net.named_parameters() if p.grad is not None}
+        memory = {G.untyped_storage().data_ptr(): G.untyped_storage().nbytes() for G in waiting.values()}
         optimizer.step()
         optimizer.zero_grad()
     state = {f"{name}.{key}": X for name, p in net.named_parameters() for key, X in optimizer.state[p].items()}
@@ -119,6 +121,8 @@ def fit(case: str, count: int, axis: str, replicas: int = 1) -> dict[str, Any]:
         "weights": {name: whole(p.detach()) for name, p in net.named_parameters()},
         "state": {key: whole(X) for key, X in state.items()},
         "bytes": {key: here(X).nbytes for key, X in state.items()},
+        "waiting": {name: G.nbytes for name, G in waiting.items()},
+        "memory": sum(memory.values()),
     }
 
 
@@ -201,6 +205,15 @@ def test_two_processes_train_as_one(two: dict[str, Any], case: str, axis: str) -
 def test_four_processes_train_as_one(four: dict[str, Any], case: str, axis: str, copies: int) -> None:
     """Four parts, or two copies of two."""
     check_equal(four[f"{case}, {axis}, {copies}"], case)
+
+
+@pytest.mark.parametrize("case", ["project", "int4, project"])
+def test_projected_gradients_leave_no_block_behind(two: dict[str, Any], case: str) -> None:
+    """FSDP2 has one piece of memory for all gradients of a block; those of biases must not keep it."""
+    found = two[f"{case}, k, 1"]
+    assert found["waiting"].keys() == alone(case)["waiting"].keys()
+    assert not {"up.weight", "down.weight"} & found["waiting"].keys()
+    assert found["memory"] == sum(found["waiting"].values())
 
 
 @pytest.mark.parametrize("case", ["project", "int8"])

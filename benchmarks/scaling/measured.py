@@ -3,9 +3,8 @@
     python benchmarks/scaling/measured.py
 
 Every row is planned once, and run for a few steps of the trainer's loop, twice. Bytes at once: allocator events of
-torch.profiler(profile_memory=True) in the first process, in the fullest step; each is counted from its own start, because the
-profiler does not see what gloo's threads free. Bytes exchanged: of T steps, in which every basis is refreshed once
-(subspan.traffic).
+torch.profiler(profile_memory=True) in the first process, in the fullest step. Bytes exchanged: of T steps, in which every basis
+is refreshed once (subspan.traffic).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import os
 import platform
 import re
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspan.cluster import pretended
 from subspan.memory import count_memory
@@ -137,13 +138,27 @@ def worker(rank: int, port: int, row: Row, what: str, queue: Any) -> None:
         dist.destroy_process_group()
 
 
+class Settled(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """After every collective, waits until gloo's threads have let go of its tensors: the profiler does not see what they free."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for work in out if isinstance(out, (tuple, list)) else (out,):
+            if func.namespace == "c10d" and isinstance(work, torch.ScriptObject):
+                work.wait()
+                time.sleep(0.005)
+        return out
+
+
 def measure_bytes(config: TrainConfig) -> dict[str, int]:
     first = int(os.environ["RANK"]) == 0
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) if first else nullcontext() as profiler:
         step, model, optimizer = build(config)
         gc.collect()
         for _ in range(GAP + 2):
-            with record_function("STEP"):
+            with record_function("STEP"), Settled():
                 step()
     if profiler is None:
         return {}
@@ -151,6 +166,7 @@ def measure_bytes(config: TrainConfig) -> dict[str, int]:
     events = list(profiler.profiler.kineto_results.events())
     starts = sorted(event.start_ns() for event in events if event.name() == "STEP")
     allocations = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    # Each step is counted from its own start: a free that was missed all the same does not add up.
     before = sum(size for at, size in allocations if at < starts[0])
     step_of = Counter[int]()
     peak = 0

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from subspan.optim.dtensors import is_spread, local
+
 if TYPE_CHECKING:
     from subspan.optim.optimizer import ProjectedOptimizer
 
@@ -77,6 +79,7 @@ class Backward:
         optimizer, G = self._take(p)
         group = optimizer.group_of(p)
         if "rank" not in group or (p not in self.low_rank and optimizer.refresh_due(p)):
+            _own_memory(p)
             return
         copies = optimizer.copies
         if copies:
@@ -117,3 +120,11 @@ class Backward:
                 "a backward pass between prepare() and step() would be lost: call step() or zero_grad() first"
             )
         return optimizer, p.grad
+
+
+def _own_memory(p: Tensor) -> None:
+    """Copy a gradient that stays out of what FSDP2 has made for all gradients of a block at once: the smallest of them would keep
+    all of it alive."""
+    if is_spread(p) and local(p.grad).untyped_storage().nbytes() > local(p.grad).nbytes:
+        assert p.grad is not None
+        p.grad = p.grad.clone()
