@@ -30,6 +30,7 @@ TOKENS = 256  # a step: gradients of full rank, so that rounding noise stays sma
 CASES: dict[str, dict[str, Any]] = {
     "hold": {},
     "project": {"gradients": "project", "max_grad_norm": 0.2},
+    "project, deferred": {"gradients": "project"},  # FSDP2 sums the gradients of micro-batches and scatters them once
     "update": {"gradients": "update"},
     "int8": {"state_dtype": torch.int8, "basis_dtype": torch.int4},
     "int4, project": {"state_dtype": torch.int4, "gradients": "project"},
@@ -102,7 +103,9 @@ def fit(case: str, count: int, axis: str, replicas: int = 1) -> dict[str, Any]:
     losses = []
     for _ in range(STEPS):
         total = torch.zeros(())
-        for _ in range(micro_batches):
+        for i in range(micro_batches):
+            if count and case.endswith("deferred"):
+                net.set_requires_gradient_sync(i + 1 == micro_batches)
             tokens = torch.randint(0, 70, (2, TOKENS), generator=generator)
             mine = tokens[:, rank * TOKENS // parts : (rank + 1) * TOKENS // parts]
             loss = nn.functional.cross_entropy(net(mine[0]), mine[1]) / micro_batches
