@@ -3,7 +3,7 @@
     hold       no hook: gradients live until the caller frees them.
     project    R += Q^T A as soon as a gradient is there, then p.grad = None. Exact over micro-batches, because projection is
                linear and a basis never changes between two of them. A matrix whose basis is due for a refresh keeps its
-               full gradient until step(), and dense parameters keep theirs.
+               full gradient until step(), and dense parameters keep theirs; both in memory of their own with FSDP2.
     update     the weight is updated and p.grad freed at once: no accumulation, no clipping over all gradients.
 
 The hooks are torch's `register_post_accumulate_grad_hook`. They know the optimizer weakly: an optimizer that is gone leaves
@@ -79,7 +79,7 @@ class Backward:
         optimizer, G = self._take(p)
         group = optimizer.group_of(p)
         if "rank" not in group or (p not in self.low_rank and optimizer.refresh_due(p)):
-            _own_memory(p)
+            _own_memory(p, G)
             return
         copies = optimizer.copies
         if copies:
@@ -122,9 +122,8 @@ class Backward:
         return optimizer, p.grad
 
 
-def _own_memory(p: Tensor) -> None:
-    """Copy a gradient that stays out of what FSDP2 has made for all gradients of a block at once: the smallest of them would keep
-    all of it alive."""
-    if is_spread(p) and local(p.grad).untyped_storage().nbytes() > local(p.grad).nbytes:
-        assert p.grad is not None
-        p.grad = p.grad.clone()
+def _own_memory(p: Tensor, G: Tensor) -> None:
+    """Copy a gradient G that waits for step() out of the memory that FSDP2 has made for all gradients of a block at once: the
+    smallest that looks into it would keep all of it alive."""
+    if is_spread(G) and local(G).untyped_storage().nbytes() > local(G).nbytes:
+        p.grad = G.clone()
