@@ -5,8 +5,8 @@
 
 MODEL: folder of all-MiniLM-L6-v2. TASKS: folder with CoLA, MRPC, RTE, SST-2 and Banking77, TASK/train.jsonl and dev or test.
 
-1. A fixed part of the training rows of each task; its last fifth is held out, and learning rates are judged on it, one seed, last
-   epoch: from a start to the better neighbour in 1, 3, 10, ..., until none is better.
+1. A fixed part of the training rows of each task; its last fifth is held out, and learning rates of matrices are judged on it,
+   one seed, last epoch: from a start to the better neighbour in 1, 3, 10, ..., until none is better.
 2. The best rate with fresh seeds on the whole part, judged on the task's own validation rows.
 
 Every run leaves results/KEY.json beside this file; what is there is not run again, so an interrupted grid goes on where it was,
@@ -39,6 +39,8 @@ from grid import beside, walk
 
 RESULTS = Path(__file__).with_name("results")
 SEARCH_SEED = 0
+HEAD_RATE = 0.001
+"""Of what is not projected, in every row: a new head learns at it, and pretrained matrices of full fine-tuning break at it."""
 EPOCHS, BATCH, MAX_LENGTH = 3, 16, 64
 
 
@@ -79,11 +81,11 @@ def _lora(rank: int, rate: float | str) -> Method:
 
 
 METHODS: dict[str, Method] = {
-    "full": Method("full fine-tuning", 3e-4, {"preset": "adamw"}),
+    "full": Method("full fine-tuning", 1e-4, {"preset": "adamw"}),
     "lora4": _lora(4, "lora8"),
-    "lora8": _lora(8, 3e-3),
+    "lora8": _lora(8, 1e-3),
     "galore4": _galore(4, "galore8"),
-    "galore8": _galore(8, 3e-4),
+    "galore8": _galore(8, 1e-3),
     "subspan": Method("subspan", 1e-3, {"preset": "subspan"}),
 }
 
@@ -123,7 +125,7 @@ def result_of(
                 max_valid_rows=None if search else PARTS[task].valid,
                 max_length=MAX_LENGTH,
             ),
-            FinetuneOptimConfig(lr=lr, **method.optim),
+            FinetuneOptimConfig(lr=lr, dense_lr=HEAD_RATE, **method.optim),
             FinetuneRunConfig(
                 out=str(folder),
                 epochs=EPOCHS,
