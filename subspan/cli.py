@@ -107,6 +107,7 @@ def finetune_command(config: FinetuneConfig) -> None:
 
 def train_command(config: TrainConfig, command: str) -> None:
     """`subspan train`."""
+    from subspan.plan import planned_and_measured
     from subspan.training.resume import Stopped
     from subspan.training.runlog import describe_summary
     from subspan.training.trainer import build_optimizer, train
@@ -128,21 +129,8 @@ def train_command(config: TrainConfig, command: str) -> None:
     if first:
         print(f"\n{describe_summary(summary, command)}")
     if config.parallel.count == 1:
-        print(f"\nmemory  {planned_and_measured(config, embeddings[0], summary)}")
-
-
-def planned_and_measured(config: TrainConfig, vocab_size: int, summary: dict[str, Any]) -> str:
-    """The planned peak of a run beside the measured one."""
-    from subspan.plan import plan_memory
-
-    measured = f"measured {summary['peak_memory_bytes'] / 2**30:.3f} GiB"
-    if not summary["device"].startswith("cuda"):
-        measured += ", the process with Python and its libraries"
-    try:
-        plan = plan_memory(config, vocab_size)
-    except Exception as error:  # a model of another kind than the planner knows: the run is over and good
-        return f"{measured} (no plan: {one_line(error)})"
-    return f"planned {plan.peak / 2**30:.3f} GiB of tensors at most, in {plan.peak_at}; {measured}"
+        measured = summary["peak_memory_bytes"], summary["device"]
+        print(f"\nmemory  {planned_and_measured(config, embeddings[0], *measured)}")
 
 
 def report_command(run: str, figure: str | None) -> None:

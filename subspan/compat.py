@@ -2,6 +2,8 @@
 
     from subspan.compat import GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor       # instead of: from galore_torch import ...
 
+    subspan.compat.install()        # or: from here on `import galore_torch` means Subspan, in code that cannot be changed as well
+
 These follow the reference's conventions: exact SVD at every `update_proj_gap` steps from the current gradient, eps before the
 bias correction (1e-6), weight decay after the update, state and basis in the parameter's dtype, square matrices on the
 right. They do not follow its defects: state is plain tensors that resume, `reverse_std` works on every shape, wrong values
@@ -11,7 +13,11 @@ are errors, a gradient with nan kills neither the run nor a basis, a closure may
 
 from __future__ import annotations
 
+import importlib.abc
+import sys
 from collections.abc import Iterable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -114,8 +120,8 @@ class GaLoreAdamW8bit(_Compat):
 class GaLoreAdafactor(_Compat):
     """galore_torch.GaLoreAdafactor in the setting that everybody uses: a given lr, no first moment, no parameter scaling.
 
-    The signature's defaults are the reference's; relative_step, scale_parameter and warmup_init must be switched off (as
-    transformers' Trainer does), beta1 left at None: otherwise ValueError.
+    relative_step, scale_parameter and warmup_init must not be switched on, beta1 must be None: otherwise ValueError. The first
+    two are on by default in the reference, which then refuses every lr, and so transformers' "galore_adafactor_layerwise".
     """
 
     def __init__(
@@ -127,8 +133,8 @@ class GaLoreAdafactor(_Compat):
         decay_rate: float = -0.8,
         beta1: float | None = None,
         weight_decay: float = 0.0,
-        scale_parameter: bool = True,
-        relative_step: bool = True,
+        scale_parameter: bool | None = None,
+        relative_step: bool | None = None,
         warmup_init: bool = False,
     ) -> None:
         for name, value in (("scale_parameter", scale_parameter), ("relative_step", relative_step)):
@@ -144,3 +150,51 @@ class GaLoreAdafactor(_Compat):
         super().__init__(
             params, lr, Adafactor(eps[0], clip_threshold, decay_rate), weight_decay, decay_after_update=False
         )
+
+
+MODULES: dict[str, dict[str, Any]] = {
+    "galore_torch": {
+        "GaLoreAdamW": GaLoreAdamW,
+        "GaLoreAdamW8bit": GaLoreAdamW8bit,
+        "GaLoreAdafactor": GaLoreAdafactor,
+    },
+    "galore_torch.adamw": {"AdamW": GaLoreAdamW},
+    "galore_torch.adamw8bit": {"AdamW8bit": GaLoreAdamW8bit},
+    "galore_torch.adafactor": {"Adafactor": GaLoreAdafactor},
+}
+"""The reference's modules, and what `install` puts there."""
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds and makes them."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if fullname not in MODULES:
+            return None
+        return ModuleSpec(fullname, self, origin=__file__, is_package=fullname == "galore_torch")
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module).update(MODULES[module.__name__])
+
+
+def install() -> None:
+    """From now on `import galore_torch` gives Subspan's classes, whether galore_torch is installed or not.
+
+    So code written for it runs unchanged, transformers' `TrainingArguments(optim="galore_adamw", ...)` too, on a CPU as well;
+    `importlib.util.find_spec("galore_torch")` finds it. Call it before the first `import galore_torch`; twice does no harm.
+
+    Raises ValueError if the real galore_torch has been imported: whoever did would go on with it.
+    """
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    if (real := sys.modules.get("galore_torch")) is not None:
+        raise ValueError(
+            f"galore_torch is imported already, from {real.__file__}: call subspan.compat.install() before whatever imports it"
+        )
+    sys.meta_path.insert(0, _Finder())
+    utils: Any = sys.modules.get("transformers.utils.import_utils")
+    if utils is not None:  # transformers keeps the answer to whether galore_torch is there
+        utils.is_galore_torch_available.cache_clear()

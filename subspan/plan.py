@@ -192,6 +192,19 @@ def plan_memory(config: TrainConfig, vocab_size: int | None = None) -> MemoryPla
     return Planner(vocab_size).plan(config)
 
 
+def planned_and_measured(config: TrainConfig, vocab_size: int | None, peak: int, device: str) -> str:
+    """The planned peak of a run in words, beside the measured one: `peak` bytes on `device`, as `describe_device` names it."""
+    measured = f"measured {peak / GIB:.3f} GiB"
+    if not device.startswith("cuda"):
+        measured += ", the process with Python and its libraries"
+    try:
+        plan = plan_memory(config, vocab_size)
+    except Exception as error:  # a model of another kind than the planner knows: the run is over and good
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"{measured} (no plan: {reason})"
+    return f"planned {plan.peak / GIB:.3f} GiB of tensors at most, in {plan.peak_at}; {measured}"
+
+
 @dataclass(frozen=True)
 class Update:
     """An optimizer: bytes of its state, the cost of each parameter by name, the names of those refreshed in this step and of all

@@ -58,6 +58,7 @@ LAYERS = {
     "cli": 5,
     "compat": 5,
     "distributed": 5,
+    "hf": 5,
     "report": 5,
 }
 # Presets are the optimizer with a rule; the optimizer reads groups and owns its hooks, which know its type, and both go through

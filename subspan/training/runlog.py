@@ -31,7 +31,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "metrics.jsonl"
-        kept = _lines_until(path, self.start, self.evaluated) if self.start and path.is_file() else []
+        kept = lines_until(path, self.start, self.evaluated) if self.start and path.is_file() else []
         new = path.with_suffix(".new")  # a run that is killed here loses nothing
         new.write_text("".join(kept), encoding="utf-8")
         new.replace(path)
@@ -171,7 +171,7 @@ def new_run_folder(name: str) -> Path:
     return out
 
 
-def _lines_until(path: Path, step: int, evaluated: int) -> list[str]:
+def lines_until(path: Path, step: int, evaluated: int) -> list[str]:
     """The lines of a metrics.jsonl up to `step`, evaluations up to `evaluated`; one that a killed run left half-written, or
     filled with zeros by a power cut, is behind them."""
     kept = []

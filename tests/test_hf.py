@@ -1,0 +1,259 @@
+"""`subspan.hf`: what `Trainer(optimizer_cls_and_kwargs=...)` gets, who clips, and what the callback leaves behind.
+
+That the steps are those of `subspan train`, and resume is exact, is tests/test_integrations.py's part."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import subspan
+import subspan.hf
+from subspan.optim.presets import PRESETS
+from subspan.optim.refresh import Refresh
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+ROWS = [{"input_ids": row, "labels": row} for row in torch.randint(0, 8, (32, 16), generator=torch.manual_seed(0))]
+
+
+def arguments(out: Path, **given: Any) -> TrainingArguments:
+    settings = {"learning_rate": 0.02, "lr_scheduler_type": "constant", "max_steps": 4, "logging_steps": 1}
+    settings |= {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    return TrainingArguments(str(out), **{**settings, **given})
+
+
+def trainer(args: TrainingArguments, *callbacks: TrainerCallback, model: Any = None, **optim: Any) -> Trainer:
+    if model is None:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=ROWS,
+        eval_dataset=ROWS[:8],
+        optimizer_cls_and_kwargs=subspan.hf.optimizer(args, **{"rank": 8, "update_proj_gap": 2, **optim}),
+        callbacks=list(callbacks),
+    )
+
+
+def logged(made: Trainer, name: str) -> list[float]:
+    return [line[name] for line in made.state.log_history if "loss" in line]
+
+
+def trained(out: Path, *callbacks: TrainerCallback, optim: Any = None, **given: Any) -> Trainer:
+    made = trainer(arguments(out, **given), *callbacks, **(optim or {}))
+    made.train()
+    return made
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains(preset: str, tmp_path: Path) -> None:
+    lr = {"galore_lion": 0.002, "frugal": 0.005, "sign_sgd": 0.002, "scale_sgd": 0.005, "apollo_mini": 0.002}
+    made = trained(
+        tmp_path, learning_rate=lr.get(preset, 0.02), optim={"preset": preset, "rank": 1 if "mini" in preset else 8}
+    )
+    losses = logged(made, "loss")
+    assert losses[-1] < losses[0] - 0.05
+    assert all(norm > 0 for norm in logged(made, "grad_norm"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "modes"), [("muon", ("hold", "project", "update")), ("galore", ("project", "update"))]
+)
+def test_the_modes_of_gradients_take_the_same_steps(preset: str, modes: tuple[str, ...], tmp_path: Path) -> None:
+    """Where bases start alike: those of `hold` come from the first gradient, those of the others are random."""
+    found = [trained(tmp_path, max_grad_norm=0, optim={"preset": preset, "gradients": mode}) for mode in modes]
+    for name in ("loss", "grad_norm"):
+        for other in found[1:]:
+            assert logged(other, name) == pytest.approx(logged(found[0], name), rel=1e-5)
+
+
+def test_the_logged_rate_is_the_one_of_the_step(tmp_path: Path) -> None:
+    class Rates(TrainerCallback):
+        seen: list[float] = []  # noqa: RUF012
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+            self.seen.append(optimizer.param_groups[0]["lr"])
+
+    made = trained(
+        tmp_path, Rates(), lr_scheduler_type="cosine", warmup_steps=2, max_steps=6, optim={"dense_lr": 0.005}
+    )
+    assert logged(made, "learning_rate") == Rates.seen
+    assert max(Rates.seen) == 0.02
+    assert [group["initial_lr"] for group in made.optimizer.param_groups] == [0.02, 0.005, 0.005]
+
+
+def test_clipping_is_that_of_the_optimizer(tmp_path: Path) -> None:
+    """Against a loop of its own with max_grad_norm, with refreshes and two micro-batches, and a rule that sees the difference."""
+    made = trained(
+        tmp_path,
+        max_grad_norm=0.3,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+        train_sampling_strategy="sequential",
+        optim={"preset": "galore_sgd"},
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    groups = subspan.param_groups(model, rank=8, update_proj_gap=2, verbose=False)
+    optimizer = subspan.GaLoreSGD(groups, lr=0.02, gradients="project", max_grad_norm=0.3, refresh=Refresh(seed=42))
+    norms = []
+    for step in range(4):
+        ids = torch.stack([row["input_ids"] for row in ROWS[8 * step : 8 * step + 8]])
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        norms.append(optimizer.grad_norm.item())
+        optimizer.zero_grad()
+    assert min(norms) > 0.3
+    assert logged(made, "grad_norm") == pytest.approx(norms, rel=1e-5)
+    for ours, theirs in zip(model.parameters(), made.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_other_optimizers_are_clipped_as_before(tmp_path: Path) -> None:
+    subspan.hf.clip_in_optimizer()
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(4, 3))
+    optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=1.0))
+    model(torch.ones(2, 4)).sum().backward()
+    expected = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert accelerator.clip_grad_norm_(model.parameters(), 0.1) == pytest.approx(expected.item())
+    assert torch.stack([p.grad.norm() for p in model.parameters()]).norm().item() == pytest.approx(0.1, rel=1e-3)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("given", "optim", "message"),
+    [
+        ({}, {"lr": 0.1}, "learning_rate for it, set it in TrainingArguments"),
+        ({}, {"weight_decay": 0.1}, "Trainer has weight_decay"),
+        ({}, {"max_grad_norm": 0.1}, "Trainer has max_grad_norm"),
+        ({"optim_target_modules": ["attn"]}, {}, r"targets=\[...\]"),
+        ({"optim_args": "rank=8"}, {}, "optim_args='rank=8' is for Trainer's own GaLore"),
+        ({}, {"preset": "galor"}, "^preset='?galor"),
+        ({}, {"rank": 0}, "^rank=0"),
+        ({}, {"preset": "fira", "gradients": "project"}, "use gradients=hold"),
+        (
+            {"gradient_accumulation_steps": 2, "max_grad_norm": 0},
+            {"gradients": "update"},
+            "gradient_accumulation_steps=2",
+        ),
+        ({}, {"gradients": "update"}, "1.0 is Trainer's default"),
+        ({"adam_beta1": 0.8}, {"preset": "muon"}, "betas="),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_training(
+    given: Any, optim: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        subspan.hf.optimizer(arguments(tmp_path, **given), **optim)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_what_takes_parameters_apart_is_refused(name: str, tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    setattr(args, name, "something")
+    with pytest.raises(ValueError, match=f"{name}='something'"):
+        subspan.hf.optimizer(args)
+
+
+def test_betas_and_epsilon_come_from_trainer(tmp_path: Path) -> None:
+    made = trainer(arguments(tmp_path, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, weight_decay=0.1))
+    rule = subspan.hf.projected(made.create_optimizer()).rule
+    assert (rule.betas, rule.eps) == ((0.8, 0.95), 1e-6)
+    assert [group["weight_decay"] for group in made.optimizer.param_groups] == [0.1, 0.1, 0.0]
+
+
+def test_int8_weights_are_refused(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    subspan.quantize_weights(model)
+    with pytest.raises(ValueError, match="INT8 weights"):
+        trainer(arguments(tmp_path), model=model).create_optimizer()
+
+
+def test_a_compiled_model_takes_the_same_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = trained(tmp_path, max_steps=2)
+    compiled = trained(tmp_path, max_steps=2, torch_compile=True, torch_compile_backend="aot_eager")
+    for name in ("loss", "grad_norm"):
+        assert logged(compiled, name) == pytest.approx(logged(plain, name), rel=1e-4)
+    assert "keeps every gradient alive" in capsys.readouterr().out
+
+
+def test_the_callback_leaves_a_run_that_can_be_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = trained(tmp_path, subspan.hf.SubspanCallback(diagnostics=True), eval_strategy="steps", eval_steps=2)
+    said = capsys.readouterr().out
+    assert "projected: 14 tensors" in said
+    assert "lr 0.02" in said
+    assert "optimizer: moments" in said
+    assert "memory  planned " in said
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["loss"] for row in steps] == logged(made, "loss")
+    assert [row["grad_norm"] for row in steps] == logged(made, "grad_norm")
+    assert [row["tokens"] for row in steps] == [128, 256, 384, 512]
+    assert [row["step"] for row in rows if "valid_loss" in row] == [2, 4]
+    refreshes = [(row["step"], line) for row in rows for line in row.get("refreshes", [])]
+    assert {step for step, _ in refreshes} <= {1, 2, 3, 4}
+    assert len(refreshes) >= 14  # each matrix was refreshed
+    assert all(0 < line["captured"] <= 1.0001 for _, line in refreshes)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 4
+    own = subspan.hf.projected(made.optimizer)
+    assert summary["bytes"]["moments"] == sum(
+        X.nbytes for state in own.state.values() for key, X in state.items() if key != "basis"
+    )
+    assert "prepare" not in vars(own)  # all is as it was
+
+
+def test_the_log_of_a_run_that_goes_on_is_one_log(tmp_path: Path) -> None:
+    for steps, resume in ((3, False), (5, True)):
+        args = arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=2)
+        trainer(args, subspan.hf.SubspanCallback()).train(resume_from_checkpoint=resume)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["tokens"] for row in rows] == [128, 256, 384, 512, 640]
+
+
+def test_the_callback_wants_an_optimizer_of_subspan(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    plain = Trainer(model, arguments(tmp_path), train_dataset=ROWS, callbacks=[subspan.hf.SubspanCallback()])
+    with pytest.raises(ValueError, match=r"optimizer_cls_and_kwargs=subspan\.hf\.optimizer"):
+        plain.train()
+
+
+def test_a_search_for_hyperparameters_reaches_the_optimizer(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    made = trainer(args)
+    args.learning_rate = 0.007
+    assert made.create_optimizer().param_groups[0]["lr"] == 0.007
+
+
+def test_it_needs_its_own_extra_alone() -> None:
+    code = """
+    import sys
+    for module in ("datasets", "jsonargparse", "docstring_parser", "matplotlib", "peft", "pyarrow", "rich", "tensorboard"):
+        sys.modules[module] = None  # cannot be imported
+    import torch, transformers, subspan.hf
+    args = transformers.TrainingArguments(sys.argv[1], use_cpu=True)
+    build = subspan.hf.optimizer(args, rank=4)[0]()
+    print(type(build(torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(8, 8)])))).__name__)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), "unused"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["GaLoreAdamW"], done.stderr[-1000:]
