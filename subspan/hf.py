@@ -212,6 +212,7 @@ class SubspanCallback(TrainerCallback):
                 "give Trainer optimizer_cls_and_kwargs=subspan.hf.optimizer(args, ...)"
             )
         self.model, self.optimizer, self.first = model, own, state.is_world_process_zero
+        self.processes = args.world_size
         self.memory: MemoryTable = count_memory(model, own)
         self.watch = Diagnostics(own, model) if self.diagnostics else None
         if self.watch:
@@ -305,7 +306,7 @@ class SubspanCallback(TrainerCallback):
         # In a compiled model the count would be a new constant, and a new compilation, in every step.
         if torch.compiler.is_compiling() or not (model.training and isinstance(ids, Tensor) and ids.ndim == 2):
             return
-        self.tokens += ids.numel()
+        self.tokens += ids.numel() * self.processes
         self.largest = max(self.largest, (ids.shape[0], ids.shape[1]), key=math.prod)
 
     def _plan(self, args: TrainingArguments, peak: int, device: str) -> str:

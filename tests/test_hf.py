@@ -5,6 +5,7 @@ That the steps are those of `subspan train`, and resume is exact, is tests/test_
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -241,6 +242,45 @@ def test_a_search_for_hyperparameters_reaches_the_optimizer(tmp_path: Path) -> N
     made = trainer(args)
     args.learning_rate = 0.007
     assert made.create_optimizer().param_groups[0]["lr"] == 0.007
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """DistributedDataParallel, which wants whole gradients: `hold` is chosen for it."""
+    script = """
+    import json, sys
+    from pathlib import Path
+    import subspan.hf
+    from test_hf import arguments, logged, trainer
+    args = arguments(Path(sys.argv[1]), per_device_train_batch_size=2, train_sampling_strategy="sequential")
+    made = trainer(args, subspan.hf.SubspanCallback())
+    made.train()
+    if made.is_world_process_zero():
+        own = subspan.hf.projected(made.optimizer)
+        print(json.dumps([own.gradients, logged(made, "loss"), logged(made, "grad_norm")]))
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py"), str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    gradients, losses, norms = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    assert gradients == "hold"
+    one = trained(
+        tmp_path / "one",
+        per_device_train_batch_size=4,
+        train_sampling_strategy="sequential",
+        optim={"gradients": "hold"},
+    )
+    assert losses == pytest.approx(logged(one, "loss"), rel=1e-4)
+    assert norms == pytest.approx(logged(one, "grad_norm"), rel=1e-4)
+    rows = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in rows] == [64, 128, 192, 256]  # of both
 
 
 def test_it_needs_its_own_extra_alone() -> None:
