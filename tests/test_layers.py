@@ -28,6 +28,7 @@ LAYERS = {
     "optim.norms": 2,
     "optim.optimizer": 2,
     "optim.presets": 2,
+    "optim.state": 2,
     "optim.sweep": 2,
     "optim.update": 2,
     "live": 1,
@@ -61,10 +62,10 @@ LAYERS = {
     "hf": 5,
     "report": 5,
 }
-# Presets are the optimizer with a rule; the optimizer reads groups and owns its hooks, which know its type, and both go through
-# weights by update's parts, which sweep does the arithmetic of; shards say which part of a parameter is here; data and corpus,
-# trainer, text and resume are one module each, cut for length, as are finetune, classifier and tasks; a checkpoint asks memory
-# whether a copy fits.
+# Presets are the optimizer with a rule; the optimizer, cut in two for length, reads groups and owns its hooks, which know its
+# type, and both go through weights by update's parts, which sweep does the arithmetic of; shards say which part of a parameter is
+# here; data and corpus, trainer, text and resume are one module each, cut for length, as are finetune, classifier and tasks; a
+# checkpoint asks memory whether a copy fits.
 SIBLINGS = {
     ("optim.presets", "optim.optimizer"),
     ("optim.optimizer", "optim.groups"),
@@ -84,7 +85,14 @@ SIBLINGS = {
     ("optim.optimizer", "optim.combine"),
     ("optim.optimizer", "optim.sweep"),
     ("optim.optimizer", "optim.norms"),
+    ("optim.optimizer", "optim.state"),
     ("optim.optimizer", "optim.shards"),
+    ("optim.state", "optim.groups"),
+    ("optim.state", "optim.refresh"),
+    ("optim.state", "optim.combine"),
+    ("optim.state", "optim.sweep"),
+    ("optim.state", "optim.update"),
+    ("optim.state", "optim.shards"),
     ("optim.optimizer", "optim.copies"),
     ("optim.norms", "optim.shards"),
     ("optim.update", "optim.shards"),
@@ -126,6 +134,7 @@ TORCH_ALONE = {
     "optim.groups",
     "optim.optimizer",
     "optim.presets",
+    "optim.state",
     "optim.update",
     "live",
     "memory",

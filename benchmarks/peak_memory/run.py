@@ -34,8 +34,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from subspan.memory import count_memory
 from subspan.optim.backward import Gradients
 from subspan.optim.groups import param_groups
-from subspan.optim.optimizer import Refresh
 from subspan.optim.presets import GaLoreAdamW
+from subspan.optim.refresh import Refresh
 from subspan.training.models import build_model
 
 HERE = Path(__file__).parent

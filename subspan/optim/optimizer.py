@@ -12,7 +12,7 @@ or, with a `combine` (combine.py), orient(D) of D = combine(A, Q, R, U) (d, k) i
 
 A group without a `rank` is dense: U = rule.update(G), W <- (1 - lr decay) W - lr U.
 
-How long gradients live (`gradients`) is backward.py's part, what moments and bases are stored in quant.py's.
+What is kept of a parameter is state.py's part, in what form quant.py's, how long gradients live (`gradients`) backward.py's.
 """
 
 from __future__ import annotations
@@ -28,51 +28,38 @@ import torch
 from torch import Tensor
 
 from subspan.optim.backward import Backward, Gradients
-from subspan.optim.books import Bits
-from subspan.optim.combine import LIMITED, Combine
-from subspan.optim.dtensors import is_spread, local, placed_as
-from subspan.optim.groups import as_matrix, check_group, matrix_shape
+from subspan.optim.combine import Combine
+from subspan.optim.dtensors import local
+from subspan.optim.groups import as_matrix
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.marks import mark
 from subspan.optim.norms import gauge, norm_of
 from subspan.optim.projectors import (
     Projector,
-    Side,
     SubspaceIteration,
     align,
-    effective_rank,
     orient,
     overlap,
-    pick_side,
     project,
-    random_basis,
     seed_of,
 )
-from subspan.optim.quant import State, Store, init_basis, read_basis, write_basis
-from subspan.optim.refresh import Refresh, Timetable
+from subspan.optim.quant import write_basis
+from subspan.optim.refresh import Refresh
 from subspan.optim.rules import Adam, Rule
+from subspan.optim.state import StatefulOptimizer
 from subspan.optim.sweep import OWN
-from subspan.optim.update import stores_in_few_bits, update_weight
+from subspan.optim.update import update_weight
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from subspan.optim.copies import Copies
-    from subspan.optim.shards import Shards
 
 Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor, Tensor]
 """A group, a parameter of it, its R (its gradient if it is dense), the norm of R, what of R counts."""
 
-Memory = tuple[Rule, Store, torch.dtype | None]
-"""A rule, how its moments are stored, and the dtype of those that are not in codes."""
 
-INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # missing in torch's own types
-
-LOW_BITS: dict[torch.dtype, Bits] = {torch.int8: 8, INT4: 4}
-"""State dtypes that name codes: block-wise, with a scale a block (quant.py)."""
-
-
-class ProjectedOptimizer(torch.optim.Optimizer):
+class ProjectedOptimizer(StatefulOptimizer):
     """Trains projected parameters in a low-rank subspace of their gradient and dense parameters as usual.
 
     Args:
@@ -148,13 +135,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     ) -> None:
         rule = Adam() if rule is None else rule
         dense_rule = rule if dense_rule is None else dense_rule
-        if dense_state_dtype is None:
-            dense_state_dtype = state_dtype
-            if state_dtype in LOW_BITS and not stores_in_few_bits(dense_rule) and dense_rule is not rule:
-                dense_state_dtype = torch.float32
-        self.rules = dict(rules or {})
-        _check_dtypes(state_dtype, rule, dense_state_dtype, (dense_rule, *self.rules.values()), basis_dtype)
-        for r in (rule, dense_rule, *self.rules.values()):
+        rules = dict(rules or {})
+        for r in (rule, dense_rule, *rules.values()):
             if compile and type(r).__hash__ is None:
                 raise ValueError(
                     f"compile=True tells rules apart by their hash, which {type(r).__name__} lacks: make it a frozen dataclass"
@@ -178,176 +160,43 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 f"combine={combine!r} needs full gradients of all data, of which average_over sends projections: use "
                 "DistributedDataParallel for the whole model, or fully_shard, and average_over=None"
             )
-        self.copies: Copies | None = None
-        if average_over is not None:
-            from subspan.optim.copies import Copies
-
-            self.copies = Copies(average_over)
-        self.combine = combine
-        self.rule = rule
-        self.dense_rule = dense_rule
-        self._memories = {
-            "projected": _memory(rule, state_dtype, transposed=True),
-            "full_rank": _memory(rule, state_dtype),
-            "dense": _memory(dense_rule, dense_state_dtype),
-        }
-        self._named = {name: _memory(r, dense_state_dtype) for name, r in self.rules.items()}
+        refresh = Refresh() if refresh is None else refresh
         self.projector = SubspaceIteration() if projector is None else projector
         self.gradients = gradients
-        refresh = Refresh() if refresh is None else refresh
-        if refresh.moments == "transport" and not hasattr(rule, "transport"):
-            raise ValueError(
-                f"moments='transport' needs a method `transport` of {type(rule).__name__}: use moments='keep'"
-            )
-        self.refresh = replace(refresh, first=refresh.first or ("gradient" if gradients == "hold" else "random"))
         self.decay_after_update = decay_after_update
         self.max_grad_norm = max_grad_norm
-        self.state_dtype = state_dtype
-        self.dense_state_dtype = dense_state_dtype
-        self.basis_dtype = basis_dtype
         self.mask_null = mask_null
         self.stochastic_rounding = stochastic_rounding
         self.compile = compile
         self.grad_norm: Tensor = torch.zeros(())
         self.refresh_seconds = 0.0
         self.prepared: list[Prepared] | None = None
-        self._steps: dict[Tensor, int] = {}  # state["step"] as a Python int: asking for it costs no host sync
-        self._timetable = Timetable(self.refresh)
-        self._index: dict[Tensor, int] = {}  # position among the projected parameters, for seeds
-        self._group: dict[Tensor, int] = {}  # position of its group in param_groups
-        self._position: dict[Tensor, int] = {}  # among all parameters, for the seeds of rounding
-        self._shards: dict[Tensor, Shards | None] = {}  # None: of those that lie on one process
-        self._backward: Backward | None = None
-        self._built = False
-        defaults = {"lr": lr, "weight_decay": weight_decay, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-        super().__init__(params, defaults)
-        if unknown := self.rules.keys() - (names := {g.get("name") for g in self.param_groups if "rank" not in g}):
-            raise ValueError(
-                f"rules: no group without a rank is named {min(unknown)!r}: there are {sorted(map(str, names))}"
-            )
-        self._timetable.stagger(list(self._index), self._gap)
-        self._hook()
-        self._built = True
+        self.copies: Copies | None = None
+        if average_over is not None:
+            from subspan.optim.copies import Copies
 
-    # ------------------------------------------------------------------------------------------- construction
+            self.copies = Copies(average_over)
+        self._backward: Backward | None = None
+        super().__init__(
+            params,
+            lr,
+            rule=rule,
+            dense_rule=dense_rule,
+            rules=rules,
+            refresh=replace(refresh, first=refresh.first or ("gradient" if gradients == "hold" else "random")),
+            combine=combine,
+            weight_decay=weight_decay,
+            state_dtype=state_dtype,
+            dense_state_dtype=dense_state_dtype,
+            basis_dtype=basis_dtype,
+        )
+        self._hook()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; checks the group's values and creates the state of its parameters."""
-        for key in ("betas", "eps", "momentum"):
-            if key in param_group:
-                raise ValueError(f"{key} in a parameter group has no effect: give it to the optimizer's rule instead")
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            names = group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))])
-            check_group(group, names)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        for p in group["params"]:
-            self._group[p] = len(self.param_groups) - 1
-            self._init_state(group, p)
-        if self._built:  # added later: staggered among themselves, those before keep their steps
-            self._timetable.stagger([p for p in group["params"] if p in self._index], self._gap)
         if self._backward:
             self._backward.attach()
-
-    def _init_state(self, group: dict[str, Any], p: Tensor) -> None:
-        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
-        shape = p.shape
-        shards = None
-        if is_spread(p):
-            from subspan.optim.shards import shards_of  # imports DTensor, which takes a second
-
-            shards = shards_of(p, group, self.side(p) if "rank" in group else None)
-        self._shards[p] = shards
-        if "rank" in group:
-            basis_shape, shape = self.shapes(p)
-            self._index[p] = len(self._index)
-            state |= self._timetable.add(p)
-            if self.refresh.first == "random" and not p.is_meta:
-                Q = random_basis(basis_shape, self._seed(p, 0), p.device)
-            else:  # orthonormal from the start, although the first step replaces it
-                Q = torch.eye(*basis_shape[-2:], device=p.device).expand(basis_shape)
-            state |= self._init_basis(Q, p, shards)
-            if self.combine is not None:
-                state |= self.combine.init(p.device)
-        rule, store, dtype = self.memory(group)
-        moments = rule.init(torch.empty(shape, dtype=dtype or p.dtype, device="meta"))
-        state |= store.init(moments, p.device) if shards is None else shards.init(store, moments, p.device)
-        self.state[p] = state
-        self._position[p] = len(self._position)
-        self._steps[p] = 0
-
-    def _init_basis(self, Q: Tensor, p: Tensor, shards: Shards | None) -> State:
-        batch = shards if shards is not None and shards.axis == "batch" else None
-        mine = Q if batch is None else Q.narrow(0, *batch.mine(Q.shape[0]))
-        if self.basis_dtype in LOW_BITS:
-            state = init_basis(mine.shape, p.device)
-        else:
-            state = {"basis": torch.empty(mine.shape, dtype=self.basis_dtype or p.dtype, device=p.device)}
-        write_basis(state, mine)
-        return state if batch is None else {key: batch.join(X, 0, Q.shape[0]) for key, X in state.items()}
-
-    def side(self, p: Tensor) -> Side:
-        """The side of a projected parameter that its basis multiplies from."""
-        group = self.group_of(p)
-        return pick_side(matrix_shape(p.shape, group), group["proj_type"])
-
-    def state_here(self, p: Tensor) -> State:
-        """p's state, of which large tensors are this process' parts."""
-        state: State = self.state[p]
-        return state if self._shards[p] is None else {key: local(X) for key, X in state.items()}
-
-    def shapes(self, p: Tensor) -> tuple[torch.Size, torch.Size]:
-        """Of the basis (..., d, r) and the low-rank gradient (..., r, k) of a projected parameter."""
-        group = self.group_of(p)
-        *batch, m, n = matrix_shape(p.shape, group)
-        d, k = (m, n) if self.side(p) == "left" else (n, m)
-        rank = effective_rank(group["rank"], (m, n))
-        return torch.Size((*batch, d, rank)), torch.Size((*batch, rank, k))
-
-    def basis(self, p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The basis Q (..., d, r) of a projected parameter, in `dtype` (None: fp32): a new tensor if it is stored otherwise.
-        Of a sharded batch, those of this process."""
-        state = self.state_here(p)
-        rank = 0 if "basis" in state else self.shapes(p)[0][-1]  # of codes, which may be one more than there are values
-        return read_basis(state, rank, dtype or torch.float32)
-
-    def forget(self, p: Tensor) -> None:
-        """Set p's moments and its count of steps to zero, in place, as if it had not been trained."""
-        state = self.state[p]
-        for name, X in state.items():
-            if name not in OWN or name in ("step", LIMITED):
-                X.zero_()
-        self._steps[p] = 0
-        if p in self._index:
-            self._timetable.forget(p, state)
-
-    def first_moment(self, p: Tensor) -> Tensor | None:
-        """exp_avg or momentum_buffer of p in fp32, (..., r, k) of a projected parameter: a copy; None if its rule has neither.
-        Of a sharded parameter, this process' part."""
-        group = self.group_of(p)
-        moments = self.memory(group)[1].load(self.state_here(p), self._shape_here(p))
-        for name in ("exp_avg", "momentum_buffer"):
-            if name in moments:
-                return moments[name].float().clone()
-        return None
-
-    def _shape_here(self, p: Tensor) -> tuple[int, ...]:
-        """Of the (low-rank) gradient of p, or of this process' part."""
-        shape = list(self.shapes(p)[1] if p in self._index else p.shape)
-        if shards := self._shards[p]:
-            dim = -1 if shards.axis in ("k", "d") else 0
-            shape[dim] = shards.mine(shape[dim])[1]
-        return tuple(shape)
-
-    def memory(self, group: dict[str, Any]) -> Memory:
-        """The rule of a group's parameters, how their moments are stored, and the dtype of those that are not in codes."""
-        if "rank" in group:
-            return self._memories["projected"]
-        kind = "full_rank" if group.get("full_rank") else "dense"
-        return self._named.get(group.get("name", ""), self._memories[kind])
 
     # --------------------------------------------------------------------------------------------------- step
 
@@ -569,18 +418,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------------------ refresh
 
-    def refresh_due(self, p: Tensor) -> bool:
-        """Whether the next step of the projected parameter p finds it a new basis; known to the host."""
-        return self._timetable.due(p, self._steps[p], self._gap(p))
-
-    def first_refresh(self, p: Tensor) -> int:
-        """The step of p's first refresh."""
-        return self._timetable.first(p)
-
-    def _gap(self, p: Tensor) -> int:
-        gap: int = self.group_of(p)["update_proj_gap"]
-        return gap
-
     def _refresh_basis(self, group: dict[str, Any], p: Tensor, G: Tensor) -> None:
         """p's basis <- the projector's basis for G, in place; untouched, and still due, if G is zero or not finite (looking at it
         is a sync)."""
@@ -628,64 +465,18 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             rule.transport(moments, new.mT @ old, self._steps[p])  # type: ignore[attr-defined]
         store.save(state, moments)
 
-    def _seed(self, p: Tensor, refresh: int) -> int:
-        """One seed for each (parameter, refresh), the same on every process and after a resume."""
-        return ((self.refresh.seed * 1_000_003 + self._index[p]) * 1_000_003 + refresh) % 2**63
-
-    def _rounding_seed(self, p: Tensor) -> int:
-        """One seed for each (parameter, step), apart from those of bases, the same after a resume."""
-        number = (self.refresh.seed * 1_000_033 + self._position[p]) * 1_000_003 + self._steps[p]
-        shards = self._shards[p]
-        part = 0 if shards is None else shards.index
-        return (number * 2_147_483_647 + part) % 2**63
-
-    def group_of(self, p: Tensor) -> dict[str, Any]:
-        """The parameter group that p is in."""
-        group: dict[str, Any] = self.param_groups[self._group[p]]
-        return group
-
-    def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        for group in self.param_groups:
-            for p in group["params"]:
-                yield group, p
-
     # ------------------------------------------------------------------------------------------- state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load into the state that exists since construction; dtypes stay this optimizer's.
 
-        torch would cast every state tensor to its parameter's dtype: fp32 moments of bf16 weights would lose 16 bits.
         Raises ValueError when groups, ranks or state shapes differ: nothing is loaded then.
         """
         if self._backward and self._backward.low_rank:
             raise ValueError(
                 "gradients wait for step(), in the basis of now: call zero_grad() before load_state_dict()"
             )
-        own = [p for _, p in self._parameters()]
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        if len(own) != len(saved):
-            raise ValueError(
-                f"state_dict has {len(saved)} parameters, the optimizer {len(own)}: build the same groups first"
-            )
-        pairs = []
-        for p, index in zip(own, saved, strict=True):
-            theirs, ours = state_dict["state"].get(index, {}), self.state[p]
-            shapes = [{key: tuple(value.shape) for key, value in state.items()} for state in (theirs, ours)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"state of parameter {index} is {shapes[0]} in state_dict and {shapes[1]} here: "
-                    "build the optimizer with the same rank, proj_type and rule"
-                )
-            pairs.append((ours, theirs))
-        state = self.state
-        super().load_state_dict({**state_dict, "state": {}})
-        self.state = state
-        for ours, theirs in pairs:
-            for key, value in ours.items():
-                value.copy_(placed_as(value, theirs[key]))
-        self._steps = {p: int(self.state[p]["step"]) for p in own}
-        for p in self._index:
-            self._timetable.load(p, self.state[p])
+        super().load_state_dict(state_dict)
 
     def _hook(self) -> None:
         if self.gradients != "hold":
@@ -701,32 +492,3 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if self._backward is None:
             self._hook()
-
-
-def _memory(rule: Rule, dtype: torch.dtype | None, transposed: bool = False) -> Memory:
-    bits = None if dtype is None else LOW_BITS.get(dtype)
-    return rule, Store(bits, transposed), torch.float32 if bits else dtype
-
-
-def _check_dtypes(
-    state: torch.dtype | None,
-    rule: Rule,
-    dense_state: torch.dtype | None,
-    dense_rules: Sequence[Rule],
-    basis: torch.dtype | None,
-) -> None:
-    for name, dtype, low in (
-        ("state_dtype", state, (torch.int8, INT4)),
-        ("dense_state_dtype", dense_state, (torch.int8, INT4)),
-        ("basis_dtype", basis, (INT4,)),
-    ):
-        if dtype is not None and not dtype.is_floating_point and dtype not in low:
-            fewer = " or ".join(map(str, low))
-            raise ValueError(f"{name}={dtype} is not supported: use torch.float32, torch.bfloat16, {fewer}")
-    used = [("state_dtype", state, rule), *(("dense_state_dtype", dense_state, r) for r in dense_rules)]
-    for name, dtype, r in used:
-        if dtype in LOW_BITS and not stores_in_few_bits(r):
-            raise ValueError(
-                f"{name}={dtype} has no moment to store with {type(r).__name__}, whose state is small: "
-                f"use {name}=torch.float32, or Adam, Lion, SGDMomentum or Muon"
-            )
