@@ -320,29 +320,17 @@ class RunConfig:
     `subspan report` draws it"""
 
     def __post_init__(self) -> None:
+        check_run(self)
         check_whole("run.steps", self.steps, minimum=1)
         check_whole("run.warmup_steps", self.warmup_steps, minimum=0)
-        check_number("run.min_lr_ratio", self.min_lr_ratio, at_least=0, at_most=1)
-        check_whole("run.batch_size", self.batch_size, minimum=1)
-        check_whole("run.micro_batch", self.micro_batch, minimum=1, optional=True)
         check_whole("run.eval_every", self.eval_every, minimum=0)
         check_whole("run.eval_sequences", self.eval_sequences, minimum=1, optional=True)
-        check_whole("run.checkpoint_every", self.checkpoint_every, minimum=0)
         check_whole("run.keep_checkpoints", self.keep_checkpoints, minimum=1)
-        check_whole("run.log_every", self.log_every, minimum=1)
         check_whole("run.seed", self.seed, minimum=0)
         check_whole("run.profile", self.profile, minimum=0)
-        check_whole("run.threads", self.threads, minimum=1, optional=True)
-        if not self.out:
-            raise ValueError("run.out is empty: name the run folder")
         if self.warmup_steps > self.steps:
             raise ValueError(
                 f"run.warmup_steps={self.warmup_steps} is more than run.steps={self.steps}: lower run.warmup_steps"
-            )
-        if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ValueError(
-                f"run.micro_batch={self.micro_batch} does not divide run.batch_size={self.batch_size}: "
-                "the last micro-batch would be smaller, change one of them"
             )
 
 
@@ -387,16 +375,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._check_parallel()
-        if self.optim.gradients == "update" and self.micro_batch * self.parallel.count != self.run.batch_size:
-            raise ValueError(
-                f"run.micro_batch={self.run.micro_batch} makes several backward passes of a step, and "
-                "optim.gradients=update takes one: use optim.gradients=project"
-            )
-        if self.model.baseline and self.optim.preset not in FULL_RANK:
-            raise ValueError(
-                f"model.baseline={self.model.baseline} has thin weights of its own, which optim.preset={self.optim.preset} would "
-                "project: use optim.preset=adamw or adamw8bit"
-            )
+        check_sections(self.model, self.optim, self.run, passes=self.accumulation)
         if self.model.baseline and self.model.int8:
             raise ValueError(f"model.int8=true and model.baseline={self.model.baseline} exclude each other: drop one")
         if self.run.diagnostics and (self.optim.gradients == "update" or self.optim.preset in FULL_RANK):
@@ -404,8 +383,6 @@ class TrainConfig:
                 f"run.diagnostics=true reads gradients at refreshes, which optim.preset={self.optim.preset} with "
                 f"optim.gradients={self.optim.gradients} does not have: use optim.gradients=project or hold, or drop it"
             )
-        if self.run.autocast and self.model.dtype == "bfloat16":
-            raise ValueError("run.autocast=true does nothing for weights of model.dtype=bfloat16: drop one of them")
         if self.data.dataset and self.run.eval_sequences is None:
             raise ValueError(
                 f"run.eval_sequences is needed with the stream of data.dataset={self.data.dataset!r}: 1000, say"
@@ -490,6 +467,39 @@ def make_config(sections: dict[str, Any]) -> TrainConfig:
 
 def as_list(value: str | list[str] | None) -> list[str] | None:
     return [value] if isinstance(value, str) else value
+
+
+def check_run(run: Any) -> None:
+    """What runs of training and of fine-tuning have in common."""
+    check_number("run.min_lr_ratio", run.min_lr_ratio, at_least=0, at_most=1)
+    check_whole("run.batch_size", run.batch_size, minimum=1)
+    check_whole("run.micro_batch", run.micro_batch, minimum=1, optional=True)
+    check_whole("run.checkpoint_every", run.checkpoint_every, minimum=0)
+    check_whole("run.log_every", run.log_every, minimum=1)
+    check_whole("run.threads", run.threads, minimum=1, optional=True)
+    if not run.out:
+        raise ValueError("run.out is empty: name the run folder")
+    if run.micro_batch and run.batch_size % run.micro_batch:
+        raise ValueError(
+            f"run.micro_batch={run.micro_batch} does not divide run.batch_size={run.batch_size}: "
+            "the last micro-batch would be smaller, change one of them"
+        )
+
+
+def check_sections(model: Any, optim: OptimConfig, run: Any, passes: int) -> None:
+    """What their sections mean to each other; passes: backward passes of a step."""
+    if optim.gradients == "update" and passes != 1:
+        raise ValueError(
+            f"run.micro_batch={run.micro_batch} makes several backward passes of a step, and "
+            "optim.gradients=update takes one: use optim.gradients=project"
+        )
+    if model.baseline and optim.preset not in FULL_RANK:
+        raise ValueError(
+            f"model.baseline={model.baseline} has thin weights of its own, which optim.preset={optim.preset} would "
+            "project: use optim.preset=adamw or adamw8bit"
+        )
+    if run.autocast and model.dtype == "bfloat16":
+        raise ValueError("run.autocast=true does nothing for weights of model.dtype=bfloat16: drop one of them")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from subspan.optim.presets import FULL_RANK, SCALES
-from subspan.training.config import OptimConfig, as_list, check_choice, check_number, check_whole
+from subspan.optim.presets import SCALES
+from subspan.training.config import (
+    OptimConfig,
+    as_list,
+    check_choice,
+    check_number,
+    check_run,
+    check_sections,
+    check_whole,
+)
 
 Metric = Literal["accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman"]
 
@@ -158,25 +166,14 @@ class FinetuneRunConfig:
     """CPU threads; null: torch's choice"""
 
     def __post_init__(self) -> None:
+        check_run(self)
         check_whole("run.epochs", self.epochs, minimum=1)
         check_choice("run.decay", self.decay, ("linear", "cosine"))
         check_number("run.warmup_ratio", self.warmup_ratio, at_least=0, at_most=1)
-        check_number("run.min_lr_ratio", self.min_lr_ratio, at_least=0, at_most=1)
-        check_whole("run.checkpoint_every", self.checkpoint_every, minimum=0)
-        check_whole("run.log_every", self.log_every, minimum=1)
-        check_whole("run.threads", self.threads, minimum=1, optional=True)
-        if not self.out:
-            raise ValueError("run.out is empty: name the run folder")
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise ValueError(f"run.seeds={self.seeds} must be different whole numbers, as in [1, 2, 3]")
         for seed in self.seeds:
             check_whole("run.seeds", seed, minimum=0)
-        check_whole("run.batch_size", self.batch_size, minimum=1)
-        check_whole("run.micro_batch", self.micro_batch, minimum=1, optional=True)
-        if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ValueError(
-                f"run.micro_batch={self.micro_batch} does not divide run.batch_size={self.batch_size}: change one of them"
-            )
 
 
 @dataclass
@@ -192,18 +189,9 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_choice("resume", self.resume, (None, "auto"))
-        if self.optim.gradients == "update" and self.run.micro_batch not in (None, self.run.batch_size):
-            raise ValueError(
-                f"run.micro_batch={self.run.micro_batch} makes several backward passes of a step, and "
-                "optim.gradients=update takes one: use optim.gradients=project"
-            )
-        if self.model.baseline and self.optim.preset not in FULL_RANK:
-            raise ValueError(
-                f"model.baseline={self.model.baseline} has thin weights of its own, which optim.preset={self.optim.preset} would "
-                "project: use optim.preset=adamw or adamw8bit"
-            )
-        if self.run.autocast and self.model.dtype == "bfloat16":
-            raise ValueError("run.autocast=true does nothing for weights of model.dtype=bfloat16: drop one of them")
+        check_sections(
+            self.model, self.optim, self.run, self.run.batch_size // (self.run.micro_batch or self.run.batch_size)
+        )
 
 
 FINETUNE_SECTIONS: dict[str, Any] = {
