@@ -80,6 +80,12 @@ def optimizer(
                 "model has INT8 weights, which Trainer cannot save: use `subspan train`, or leave out quantize_weights"
             )
         config = _config(args, preset, optim)  # of now: a search for hyperparameters changes `args`
+        if config.gradients != "hold" and args.torch_compile:
+            print(
+                f"subspan: torch_compile=True compiles the model as a whole, which keeps every gradient alive in spite of "
+                f"gradients={config.gradients!r}: to save their memory, compile the blocks, "
+                "`for block in model.model.layers: block.compile()`"
+            )
         made = make_optimizer(model, config, args.seed)
         _CONFIGS[made] = config
         return made
@@ -96,13 +102,11 @@ def _config(args: TrainingArguments, preset: str, optim: dict[str, Any]) -> Opti
             raise ValueError(
                 f"{name}={getattr(args, name)!r} is for Trainer's own GaLore: drop it and give {instead} to subspan.hf.optimizer"
             )
-    for name, instead in (
-        ("fsdp", "`subspan train --parallel.shard N`"),
-        ("deepspeed", "`subspan train --parallel.shard N`"),
-    ):
+    for name in ("fsdp", "deepspeed"):
         if getattr(args, name, None):
             raise ValueError(
-                f"{name}={getattr(args, name)!r} takes parameters apart after the optimizer was made: use {instead}"
+                f"{name}={getattr(args, name)!r} takes parameters apart after the optimizer was made: "
+                "use `subspan train --parallel.shard N`"
             )
     given = {"preset": preset, **optim}
     if (betas := (args.adam_beta1, args.adam_beta2)) != (0.9, 0.999):
@@ -110,7 +114,11 @@ def _config(args: TrainingArguments, preset: str, optim: dict[str, Any]) -> Opti
     if args.adam_epsilon != 1e-8:
         given.setdefault("eps", args.adam_epsilon)
     if args.fp16 or args.world_size > 1:
-        given.setdefault("gradients", "hold")  # GradScaler and DistributedDataParallel want whole gradients
+        if given.setdefault("gradients", "hold") != "hold":
+            raise ValueError(
+                f"gradients={given['gradients']!r} leaves nothing for fp16's GradScaler or DistributedDataParallel, which want "
+                "whole gradients: use gradients='hold', and bf16 for fp16"
+            )
     try:
         config = OptimConfig(lr=args.learning_rate, weight_decay=args.weight_decay, **given)
     except ValueError as error:
@@ -126,12 +134,6 @@ def _config(args: TrainingArguments, preset: str, optim: dict[str, Any]) -> Opti
                 f"max_grad_norm={args.max_grad_norm} (1.0 is Trainer's default) needs the norm of all gradients, which "
                 "gradients='update' never sees together: use TrainingArguments(max_grad_norm=0), or gradients='project'"
             )
-    if config.gradients != "hold" and args.torch_compile:
-        print(
-            f"subspan: torch_compile=True compiles the model as a whole, which keeps every gradient alive in spite of "
-            f"gradients={config.gradients!r}: to save their memory, compile the blocks, "
-            "`for block in model.model.layers: block.compile()`"
-        )
     return config
 
 

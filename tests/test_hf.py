@@ -165,6 +165,14 @@ def test_what_does_not_go_together_is_refused_before_training(
         subspan.hf.optimizer(arguments(tmp_path, **given), **optim)
 
 
+def test_projected_gradients_leave_nothing_to_a_grad_scaler(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args.fp16 = True  # which TrainingArguments refuses on a CPU
+    assert subspan.hf.optimizer(args)
+    with pytest.raises(ValueError, match="GradScaler"):
+        subspan.hf.optimizer(args, gradients="project")
+
+
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
 def test_what_takes_parameters_apart_is_refused(name: str, tmp_path: Path) -> None:
     args = arguments(tmp_path)
