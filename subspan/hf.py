@@ -113,12 +113,12 @@ def _config(args: TrainingArguments, preset: str, optim: dict[str, Any]) -> Opti
         given.setdefault("betas", list(betas))
     if args.adam_epsilon != 1e-8:
         given.setdefault("eps", args.adam_epsilon)
-    if args.fp16 or args.world_size > 1:
-        if given.setdefault("gradients", "hold") != "hold":
-            raise ValueError(
-                f"gradients={given['gradients']!r} leaves nothing for fp16's GradScaler or DistributedDataParallel, which want "
-                "whole gradients: use gradients='hold', and bf16 for fp16"
-            )
+    whole = args.fp16 or args.world_size > 1  # GradScaler and DistributedDataParallel want whole gradients
+    if whole and given.setdefault("gradients", "hold") != "hold":
+        raise ValueError(
+            f"gradients={given['gradients']!r} leaves none for fp16's GradScaler or for DistributedDataParallel: "
+            "use gradients='hold', and bf16 for fp16"
+        )
     try:
         config = OptimConfig(lr=args.learning_rate, weight_decay=args.weight_decay, **given)
     except ValueError as error:
