@@ -4,8 +4,9 @@
     python reproductions/continued_pretraining/table.py
 
 FOLDER is what prepare.py made. Every method searches its learning rate in short runs, judged on the last training file, which
-they do not train on: the best of a rate and its two neighbours in 1, 3, 10, ..., and onwards while it gets better. Then the
-long run. Every run leaves results/KEY.json; what is there is not run again.
+they do not train on: the best of a rate and its two neighbours in 1, 3, 10, ..., and onwards while it gets better. That of
+embeddings and norms is AdamW's in every row that trains them. Then the long run. Every run leaves results/KEY.json; what is
+there is not run again.
 """
 
 from __future__ import annotations
@@ -37,13 +38,21 @@ METHODS: dict[str, tuple[float, dict[str, Any], dict[str, Any]]] = {  # where th
 
 
 def configure(
-    name: str, lr: float, steps: int, seed: int, folder: str, files: list[str], valid: str, out: str
+    name: str,
+    lr: float,
+    steps: int,
+    seed: int,
+    folder: str,
+    files: list[str],
+    valid: str,
+    out: str,
+    dense_lr: float | None = None,
 ) -> TrainConfig:
     _, optim, model = METHODS[name]
     return TrainConfig(
         model=ModelConfig(name=folder, pretrained=True, **model),
         data=DataConfig(files=files, valid_files=valid),
-        optim=OptimConfig(**{"lr": lr, "rank": RANK, "update_proj_gap": 20, **optim}),
+        optim=OptimConfig(**{"lr": lr, "dense_lr": dense_lr, "rank": RANK, "update_proj_gap": 20, **optim}),
         run=RunConfig(
             out=f"{out}/{name}",
             steps=steps,
@@ -51,7 +60,7 @@ def configure(
             batch_size=BATCH,
             micro_batch=BATCH if optim.get("gradients") == "update" else MICRO_BATCH,
             eval_every=0,
-            eval_sequences=128,
+            eval_sequences=64 if steps == SHORT else 256,
             checkpoint_every=0,
             log_every=5,
             seed=seed,
@@ -63,7 +72,7 @@ def configure(
 def one_run(name: str, config: TrainConfig) -> dict[str, Any]:
     summary = train(config)
     kept = ("valid_loss", "perplexity", "tokens", "seconds", "bytes", "peak_memory_bytes", "device", "versions")
-    about = {"method": name, "lr": config.optim.lr, "steps": config.run.steps}
+    about = {"method": name, "lr": config.optim.lr, "dense_lr": config.optim.dense_lr, "steps": config.run.steps}
     return {**about, **{key: summary[key] for key in kept}}
 
 
@@ -73,9 +82,12 @@ def result_of(name: str, config: TrainConfig) -> dict[str, Any]:
     return once(file, config.run.out, one_run, name, config)
 
 
-def search(name: str, start: Callable[..., TrainConfig]) -> float:
+def searched(name: str, start: Callable[..., TrainConfig], files: list[str]) -> float:
+    """The learning rate that is better than its two neighbours."""
+
     def loss(lr: float) -> float:
-        return float(result_of(name, start(lr, SHORT))["valid_loss"])
+        config = start(lr, SHORT, 0, files=files[:-1], valid=files[-1])
+        return float(result_of(name, config)["valid_loss"])
 
     return walk(METHODS[name][0], beside, loss)
 
@@ -93,9 +105,13 @@ def main(
         methods: some of the methods; none: all
     """
     files = training_files(train)
+    rest = None
     for name in methods or METHODS:
         start = functools.partial(configure, name, folder=folder, out=out)
-        lr = search(name, functools.partial(start, seed=0, files=files[:-1], valid=files[-1]))
+        if name in ("galore", "subspan"):
+            rest = rest or searched("adamw", functools.partial(configure, "adamw", folder=folder, out=out), files)
+            start = functools.partial(start, dense_lr=rest)
+        lr = searched(name, start, files)
         result_of(name, start(lr, LONG, 1, files=files, valid=valid))
 
 

@@ -27,7 +27,7 @@ def main() -> None:
             if r["steps"] == LONG:
                 lines.append(
                     f"| {name} | {r['lr']:g} | {r['valid_loss']:.4f} | {r['perplexity']:.2f} | "
-                    f"{r['bytes']['optimizer'] / 2**20:.0f} | {r['peak_memory_bytes'] / 2**20:.0f} | "
+                    f"{(r['bytes']['basis'] + r['bytes']['moments']) / 2**20:.0f} | {r['peak_memory_bytes'] / 2**20:.0f} | "
                     f"{', '.join(f'{lr:g}: {loss:.4f}' for lr, loss in tried)} |"
                 )
     readme, table = HERE / "README.md", "\n".join(lines)
