@@ -5,8 +5,9 @@
 
 MODEL: folder of all-MiniLM-L6-v2. TASKS: folder with CoLA, MRPC, RTE, SST-2 and Banking77, TASK/train.jsonl and dev or test.
 
-1. A fixed part of the training rows of each task; its last fifth is held out, and learning rates of matrices are judged on it,
-   one seed, last epoch: from a start to the better neighbour in 1, 3, 10, ..., until none is better.
+1. A fixed part of the training rows of each task; its last fifth is held out, and learning rates are judged on it, one seed,
+   last epoch: from a start to the better neighbour in 1, 3, 10, ..., until none is better. For LoRA, whose head is all that is
+   trained beside the adapters, that of the head is searched too.
 2. The best rate with fresh seeds on the whole part, judged on the task's own validation rows.
 
 Every run leaves results/KEY.json beside this file; what is there is not run again, so an interrupted grid goes on where it was,
@@ -40,7 +41,7 @@ from grid import beside, walk
 RESULTS = Path(__file__).with_name("results")
 SEARCH_SEED = 0
 HEAD_RATE = 0.001
-"""Of what is not projected, in every row: a new head learns at it, and pretrained matrices of full fine-tuning break at it."""
+"""Of what is not projected, where it is not searched: a new head learns at it, and matrices of full fine-tuning break at it."""
 EPOCHS, BATCH, MAX_LENGTH = 3, 16, 64
 
 
@@ -69,6 +70,13 @@ class Method:
     rate: float | str
     optim: dict[str, Any]
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    head: float = HEAD_RATE  # where the search starts, if it is one
+
+    def neighbours(self, pair: tuple[float, float]) -> list[tuple[float, float]]:
+        """Pairs of rates, of matrices and of the rest, that differ from `pair` in one."""
+        lr, head = pair
+        found = [(rate, head) for rate in beside(lr)]
+        return [*found, *((lr, rate) for rate in beside(head))] if self.model else found
 
 
 def _galore(rank: int, rate: float | str) -> Method:
@@ -77,7 +85,7 @@ def _galore(rank: int, rate: float | str) -> Method:
 
 def _lora(rank: int, rate: float | str) -> Method:
     model = {"baseline": "lora", "lora_alpha": 2.0 * rank}
-    return Method(f"LoRA r = {rank}", rate, {"preset": "adamw", "rank": rank}, model)
+    return Method(f"LoRA r = {rank}", rate, {"preset": "adamw", "rank": rank}, model, head=0.003)
 
 
 METHODS: dict[str, Method] = {
@@ -107,11 +115,19 @@ def prepare(tasks: Path, task: str, out: Path) -> dict[str, str]:
 
 
 def result_of(
-    name: str, task: str, lr: float, seed: int, model: str, files: dict[str, str], out: Path, threads: int
+    name: str,
+    task: str,
+    rates: tuple[float, float],
+    seed: int,
+    model: str,
+    files: dict[str, str],
+    out: Path,
+    threads: int,
 ) -> dict[str, Any]:
     """The result of a run: from its file, or by running it. Seed SEARCH_SEED is a run of the search."""
     search = seed == SEARCH_SEED
-    key = f"{task}_{name}_{lr:g}_{seed}"
+    lr, head = rates
+    key = "_".join([task, name, f"{lr:g}", *([] if head == HEAD_RATE else [f"{head:g}"]), str(seed)])
     file = RESULTS / f"{key}.json"
     if not file.exists():
         method, folder = METHODS[name], out / key
@@ -125,7 +141,7 @@ def result_of(
                 max_valid_rows=None if search else PARTS[task].valid,
                 max_length=MAX_LENGTH,
             ),
-            FinetuneOptimConfig(lr=lr, dense_lr=HEAD_RATE, **method.optim),
+            FinetuneOptimConfig(lr=lr, dense_lr=head, **method.optim),
             FinetuneRunConfig(
                 out=str(folder),
                 epochs=EPOCHS,
@@ -202,13 +218,16 @@ def main(
             if isinstance(rate, str):
                 rate, searched = METHODS[rate].rate, rate
 
-            def error(lr: float, task: str = task, searched: str = searched, files: Any = files) -> float:
-                result = result_of(searched, task, lr, SEARCH_SEED, model, files, Path(out), threads)
+            def error(
+                rates: tuple[float, float], task: str = task, searched: str = searched, files: Any = files
+            ) -> float:
+                result = result_of(searched, task, rates, SEARCH_SEED, model, files, Path(out), threads)
                 return -float(result["last"][result["metrics"][0]])
 
-            lr = walk(rate, beside, error)
+            method = METHODS[searched]
+            rates = walk((float(rate), method.head), method.neighbours, error)
             for seed in [] if search_only else seeds or PARTS[task].seeds:
-                result_of(name, task, lr, seed, model, files, Path(out), threads)
+                result_of(name, task, rates, seed, model, files, Path(out), threads)
 
 
 if __name__ == "__main__":
