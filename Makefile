@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help quickstart test check format clean
+.PHONY: help quickstart test check package format clean
 
 help:
 	@echo "make quickstart   train a small LLaMA with GaLore on Python's own source, about 3 minutes on 2 cores"
 	@echo "make test         run the test suite"
 	@echo "make check        format, lint and types, as CI does"
+	@echo "make package      build wheel and sdist, and try the wheel in an environment with torch alone"
 	@echo "make format       format and fix what can be fixed"
 	@echo "make clean        remove .venv and caches"
 
@@ -23,12 +24,21 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+package: .venv/.dev
+	rm -rf dist build/package
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m venv build/package
+	build/package/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	build/package/bin/subspan --version
+	build/package/bin/subspan doctor
+	cd build && package/bin/python ../tests/wheel.py
+
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
 
 .venv/.%: pyproject.toml constraints.txt
 	@echo "installing subspan[$*] into .venv: a few minutes the first time"

@@ -1,4 +1,4 @@
-"""The command `subspan`: train, finetune, eval, plan, report. An error is one line, `subspan: error: ...`, and exit code 2."""
+"""The command `subspan`: train, finetune, eval, plan, report, doctor. An error is one line, `subspan: error: ...`, code 2."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from subspan import __version__, doctor
 from subspan.extras import require
 from subspan.training.config import SECTIONS, DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, make_config
 from subspan.training.finetune_config import FINETUNE_SECTIONS, FinetuneConfig
@@ -54,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`, by default the process's own. Exit code 2 after an error, 130 after Ctrl-C, 143 SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = sys.argv[0] if Path(sys.argv[0]).name == "subspan" else "python -m subspan"
+    if argv[:1] == ["--version"]:
+        print(f"subspan {__version__}")
+        return
+    if argv[:1] == ["doctor"]:  # before all that needs an extra: it tells which are missing
+        doctor.main(argv[1:])
+        return
     try:
         if argv[:1] == ["train"]:
             train_command(parse_train(argv), command)
@@ -285,7 +292,9 @@ def one_line(error: BaseException) -> str:
     message = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)$", r"expected \1, got \2", message)
     message = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)$", r"expected one of \1, got \2", message)
     if message.startswith('expected "subcommand"'):
-        message = "a command is missing: subspan train or subspan eval, finetune, plan or report, see subspan --help"
+        message = (
+            "a command is missing: subspan train or subspan eval, finetune, plan, report or doctor, see subspan --help"
+        )
     if message.startswith("unrecognized arguments") and "--" not in message:
         message += " (quote a pattern of files, or the shell makes many words of it)"
     return message
@@ -385,6 +394,7 @@ def _parsers() -> tuple[Any, Any]:
     parser = new(
         prog="subspan",
         exit_on_error=False,
+        version=__version__,
         description="Train every parameter of a large language model in a fraction of the memory.",
     )
     commands = parser.add_subcommands()
@@ -393,6 +403,7 @@ def _parsers() -> tuple[Any, Any]:
     commands.add_subcommand("eval", evaluate, help="validation loss and perplexity of a run or a model")
     commands.add_subcommand("plan", plan, help="memory of a run, before it is started")
     commands.add_subcommand("report", report, help="figures of a run")
+    commands.add_subcommand("doctor", new(), help="what this machine has, and what will be slow on it and why")
     return parser, evaluate
 
 

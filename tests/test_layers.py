@@ -59,6 +59,7 @@ LAYERS = {
     "cli": 5,
     "compat": 5,
     "distributed": 5,
+    "doctor": 4,
     "hf": 5,
     "report": 5,
 }
@@ -142,6 +143,7 @@ TORCH_ALONE = {
     "traffic",
     "compat",
     "distributed",
+    "doctor",
 }
 
 
