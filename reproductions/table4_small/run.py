@@ -6,8 +6,7 @@
 MODEL: folder of all-MiniLM-L6-v2. TASKS: folder with CoLA, MRPC, RTE, SST-2 and Banking77, TASK/train.jsonl and dev or test.
 
 1. A fixed part of the training rows of each task; its last fifth is held out, and learning rates are judged on it, one seed,
-   last epoch: from a start to the better neighbour in 1, 3, 10, ..., until none is better. For LoRA, whose head is all that is
-   trained beside the adapters, that of the head is searched too.
+   last epoch, that of matrices and that of the rest: from a start to the better neighbour in 1, 3, 10, ..., until none is better.
 2. The best rate with fresh seeds on the whole part, judged on the task's own validation rows.
 
 Every run leaves results/KEY.json beside this file; what is there is not run again, so an interrupted grid goes on where it was,
@@ -41,7 +40,7 @@ from grid import beside, walk
 RESULTS = Path(__file__).with_name("results")
 SEARCH_SEED = 0
 HEAD_RATE = 0.001
-"""Of what is not projected, where it is not searched: a new head learns at it, and matrices of full fine-tuning break at it."""
+"""Of all but matrices, where its search starts: a new head learns at it, and matrices of full fine-tuning break at it."""
 EPOCHS, BATCH, MAX_LENGTH = 3, 16, 64
 
 
@@ -70,13 +69,7 @@ class Method:
     rate: float | str
     optim: dict[str, Any]
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    head: float = HEAD_RATE  # where the search starts, if it is one
-
-    def neighbours(self, pair: tuple[float, float]) -> list[tuple[float, float]]:
-        """Pairs of rates, of matrices and of the rest, that differ from `pair` in one."""
-        lr, head = pair
-        found = [(rate, head) for rate in beside(lr)]
-        return [*found, *((lr, rate) for rate in beside(head))] if self.model else found
+    head: float = HEAD_RATE
 
 
 def _galore(rank: int, rate: float | str) -> Method:
@@ -85,7 +78,7 @@ def _galore(rank: int, rate: float | str) -> Method:
 
 def _lora(rank: int, rate: float | str) -> Method:
     model = {"baseline": "lora", "lora_alpha": 2.0 * rank}
-    return Method(f"LoRA r = {rank}", rate, {"preset": "adamw", "rank": rank}, model, head=0.003)
+    return Method(f"LoRA r = {rank}", rate, {"preset": "adamw", "rank": rank}, model, head=0.01)
 
 
 METHODS: dict[str, Method] = {
@@ -96,6 +89,12 @@ METHODS: dict[str, Method] = {
     "galore8": _galore(8, 1e-3),
     "subspan": Method("subspan", 1e-3, {"preset": "subspan"}),
 }
+
+
+def neighbours(pair: tuple[float, float]) -> list[tuple[float, float]]:
+    """Pairs of rates that differ from `pair` in one."""
+    lr, head = pair
+    return [*((rate, head) for rate in beside(lr)), *((lr, rate) for rate in beside(head))]
 
 
 def prepare(tasks: Path, task: str, out: Path) -> dict[str, str]:
@@ -225,7 +224,7 @@ def main(
                 return -float(result["last"][result["metrics"][0]])
 
             method = METHODS[searched]
-            rates = walk((float(rate), method.head), method.neighbours, error)
+            rates = walk((float(rate), method.head), neighbours, error)
             for seed in [] if search_only else seeds or PARTS[task].seeds:
                 result_of(name, task, rates, seed, model, files, Path(out), threads)
 
