@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             plan_command(arguments.plan)
             return
         if arguments.subcommand == "report":
-            report_command(arguments.report.run, arguments.report.figure)
+            report_command(arguments.report.runs, arguments.report.out, arguments.report.figure)
             return
         model = arguments.eval.model
         if (config := _run_config(model)) is not None:  # what the run did is the default of every option
@@ -140,13 +140,23 @@ def train_command(config: TrainConfig, command: str) -> None:
         print(f"\nmemory  {planned_and_measured(config, embeddings[0], *measured)}")
 
 
-def report_command(run: str, figure: str | None) -> None:
+def report_command(runs: Sequence[str], out: str | None, figure: str | None) -> None:
     """`subspan report`."""
-    from subspan.report import draw_refreshes
+    from subspan.report.figures import draw_refreshes
+    from subspan.report.page import check_page, report_page
+    from subspan.report.runs import read_runs
 
-    path = Path(figure) if figure else Path(run) / "refreshes.png"
-    draw_refreshes(Path(run), path)
-    print(f"{path}")
+    if figure:
+        if len(runs) > 1 or out:
+            raise ValueError(f"figure={figure!r} draws one run and makes no page: name one run, and no --out")
+        draw_refreshes(Path(runs[0]), Path(figure))
+        print(figure)
+        return
+    path = Path(out) if out else (Path(runs[0]) if len(runs) == 1 else Path()) / "report.html"
+    found = read_runs(runs)
+    check_page(path)
+    path.write_text(report_page(found), encoding="utf-8")
+    print(path)
 
 
 def eval_command(config: TrainConfig | None, arguments: dict[str, Any]) -> None:
@@ -192,16 +202,20 @@ def plan_command(arguments: Any) -> None:
     from subspan.budget import parse_size
     from subspan.cluster import pretended
     from subspan.plan import Planner
-    from subspan.report import check_figure
+    from subspan.report.figures import check_figure
+    from subspan.report.page import check_page
 
     if arguments.figure:
         check_figure(Path(arguments.figure))
+    if arguments.html:
+        check_page(Path(arguments.html), "html")
     budget = parse_size(arguments.budget) if arguments.budget else None
     config, vocab_size = plan_config(arguments)
-    if arguments.figure and config.parallel.count > 1:
-        raise ValueError(
-            f"figure={arguments.figure!r} compares methods on one process: plan without it, or for one process"
-        )
+    for name in ("figure", "html"):
+        if arguments[name] and config.parallel.count > 1:
+            raise ValueError(
+                f"{name}={arguments[name]!r} compares methods on one process: plan without it, or for one process"
+            )
     with pretended(config.parallel):
         _plan(arguments, config, budget, Planner(vocab_size))
 
@@ -211,7 +225,8 @@ def _plan(arguments: Any, config: TrainConfig, budget: int | None, planner: Any)
     from subspan.budget import Space, describe_fits, largest_model, search
     from subspan.cluster import as_dict, describe_layout, describe_traffic, plan_traffic
     from subspan.plan import describe_run
-    from subspan.report import compare_methods, draw_plans
+    from subspan.report.figures import compare_methods, draw_plans
+    from subspan.report.page import plan_page
 
     if budget is None:
         plan = planner.plan(config)
@@ -239,6 +254,9 @@ def _plan(arguments: Any, config: TrainConfig, budget: int | None, planner: Any)
         print(f"  start with            {advise(config.optim.preset, plan.parameters)}")
     if arguments.figure:
         draw_plans(compare_methods(config, planner), Path(arguments.figure), config)
+    if arguments.html:
+        plans = {"this run": plan, **compare_methods(config, planner)}
+        Path(arguments.html).write_text(plan_page(plans, config), encoding="utf-8")
 
 
 def plan_config(arguments: Any) -> tuple[TrainConfig, int | None]:
@@ -380,16 +398,21 @@ def _parsers() -> tuple[Any, Any]:
     option(
         "figure", str | None, "draw this run with AdamW, 8-bit Adam, LoRA and the GaLores: a .png, .svg or .pdf file"
     )
+    option("html", str | None, "the same as a page: an .html file, which works offline")
     plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
 
     report = new(
         exit_on_error=False,
-        usage="subspan report RUN [--figure FILE]",
-        description="Draw what the refreshes of a run found, which was trained with --run.diagnostics true: captured energy, "
-        "angles between bases, stable ranks, error of low-bit state.",
+        usage="subspan report RUN [RUN ...] [--out PAGE.html] [--figure FILE]",
+        description="One HTML page of one or more run folders, which works offline: loss and perplexity, learning rate, gradient "
+        "norm, memory, what refreshes found (of runs with --run.diagnostics true), settings and how to repeat them. "
+        "For example: subspan report runs/galore runs/adamw --out compared.html",
     )
-    report.add_argument("run", type=str, help="run folder")
-    report.add_argument("--figure", type=str | None, help=".png, .svg or .pdf file; RUN/refreshes.png without it")
+    report.add_argument("runs", type=str, nargs="+", help="run folders, of subspan train or finetune")
+    report.add_argument("--out", type=str | None, help="the page; RUN/report.html for one run, else report.html")
+    report.add_argument(
+        "--figure", type=str | None, help="draw what the refreshes of one run found instead: a .png, .svg or .pdf file"
+    )
 
     parser = new(
         prog="subspan",
@@ -402,7 +425,7 @@ def _parsers() -> tuple[Any, Any]:
     commands.add_subcommand("finetune", finetune, help="fine-tune a classifier, with several seeds")
     commands.add_subcommand("eval", evaluate, help="validation loss and perplexity of a run or a model")
     commands.add_subcommand("plan", plan, help="memory of a run, before it is started")
-    commands.add_subcommand("report", report, help="figures of a run")
+    commands.add_subcommand("report", report, help="a page of one or more runs")
     commands.add_subcommand("doctor", new(), help="what this machine has, and what will be slow on it and why")
     return parser, evaluate
 

@@ -16,7 +16,7 @@ from subspan.cli import main
 from subspan.diagnostics import FIELDS, Diagnostics
 from subspan.optim import quant
 from subspan.optim.projectors import orient, pick_side
-from subspan.report import draw_refreshes
+from subspan.report.figures import draw_refreshes
 from subspan.training.trainer import train
 
 
@@ -160,7 +160,7 @@ def test_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row.keys() <= {"name", *FIELDS}
         assert row["stale"] <= row["captured"] + 1e-3 <= 1 + 2e-3
         assert all(math.isfinite(value) for key, value in row.items() if key != "name")
-    main(["report", str(run)])
+    main(["report", str(run), "--figure", str(run / "refreshes.png")])
     assert (run / "refreshes.png").stat().st_size > 10_000
     assert str(run / "refreshes.png") in capsys.readouterr().out
 

@@ -61,7 +61,9 @@ LAYERS = {
     "distributed": 5,
     "doctor": 4,
     "hf": 5,
-    "report": 5,
+    "report.figures": 5,
+    "report.page": 5,
+    "report.runs": 5,
 }
 # Presets are the optimizer with a rule; the optimizer, cut in two for length, reads groups and owns its hooks, which know its
 # type, and both go through weights by update's parts, which sweep does the arithmetic of; shards say which part of a parameter is
@@ -117,7 +119,12 @@ SIBLINGS = {
     ("plan", "training.processes"),
     ("cli", "budget"),
     ("cli", "cluster"),
-    ("cli", "report"),
+    ("cli", "report.figures"),
+    ("cli", "report.page"),
+    ("cli", "report.runs"),
+    ("report.page", "cluster"),
+    ("report.page", "report.figures"),
+    ("report.page", "report.runs"),
     ("training.trainer", "training.resume"),
 }
 TORCH_ALONE = {

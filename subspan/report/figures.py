@@ -1,4 +1,4 @@
-"""Figures: of plans, and of what refreshes found in a run. The only module that draws."""
+"""Figures for papers: of plans, and of what refreshes found in a run; matplotlib draws them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""What is drawn: pages for people (page.py), and figures (figures.py)."""
