@@ -48,14 +48,14 @@ function colours() {
 }
 
 function layout(more = {}) {
-  const { ink, card, line, faint } = colours();
+  const { ink, card, line, faint } = colours(), family = getComputedStyle(document.body).fontFamily;
   const axis = { gridcolor: line, linecolor: line, zeroline: false, tickcolor: line, tickfont: { color: faint }, automargin: true };
-  const spike = { showspikes: true, spikemode: "across", spikethickness: 1, spikedash: "dot", spikecolor: faint, spikesnap: "cursor" };
+  const spike = { showspikes: true, spikemode: "across", spikethickness: 1, spikedash: "dot", spikecolor: faint, spikesnap: "hovered data" };
   const { xaxis, yaxis, ...others } = more;
   return {
     height: narrow.matches ? 300 : 340, margin: { l: 12, r: 14, t: 14, b: 12 }, paper_bgcolor: card, plot_bgcolor: card,
-    font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: ink }, showlegend: false,
-    hovermode: visible().length <= 5 ? "x unified" : "closest", hoverlabel: { bgcolor: card, bordercolor: line, font: { color: ink }, namelength: -1 },
+    font: { family, size: 12.5, color: ink }, showlegend: false,
+    hovermode: visible().length <= 5 ? "x unified" : "closest", hoverlabel: { bgcolor: card, bordercolor: line, font: { family, color: ink }, namelength: -1 },
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",  // a finger scrolls the page
     ...others,
     xaxis: { ...axis, ...spike, title: { text: titles[state.x], font: { color: faint } }, uirevision: state.x, ...xaxis },
@@ -93,10 +93,10 @@ const figures = {
     return [shown.map((run) => marks(run, run.scores[value("score")], run.scores[value("score")].y, { mode: "lines+markers" })), layout()];
   },
   lr: () => curves((run) => run.lr, same, { yaxis: { exponentformat: "power", rangemode: "tozero" } }),
-  norm: () => curves((run) => run.norm, same, { yaxis: { type: "log" } }),
+  norm: () => curves((run) => run.norm, same, { yaxis: { type: "log", dtick: "D2" } }),
   pace() {
     const ms = (y) => y.map((x) => (x === null ? null : 1000 * x));
-    const [traces, form] = curves((run) => run.pace, ms, { yaxis: { title: { text: "milliseconds" }, rangemode: "tozero" } });
+    const [traces, form] = curves((run) => run.pace, ms, { yaxis: { title: { text: "milliseconds" }, type: "log", dtick: "D2" } });
     // Where refreshes are spread over all steps, rings would say nothing.
     const rings = visible().filter((run) => run.refreshed.y.length < run.pace.y.length / 4).map((run) => marks(run, run.refreshed, ms(run.refreshed.y), {
       name: `${escaped(short(run.name))}, refresh`, marker: { symbol: "circle-open", size: 8, line: { width: 1.5, color: cycle(data.colours, run.i) } },
@@ -178,9 +178,9 @@ const figures = {
     named.forEach(([card, size]) => texts.push({ x: size / bytes, y: 1, yref: "paper", yanchor: "bottom", text: `${card} GB`, showarrow: false, font: { color: faint, size: 11 } }));
     const below = narrow.matches ? 125 : 90;  // for the axis and the legend
     return [traces, layout({
-      height: 26 + below + 28 * y, barmode: "stack", hovermode: "closest", annotations: texts, shapes: lines, showlegend: true, margin: { l: 12, r: 14, t: 26, b: below },
+      height: 26 + below + (groups.length > 8 ? 19 : 28) * y, barmode: "stack", hovermode: "closest", annotations: texts, shapes: lines, showlegend: true, margin: { l: 12, r: 14, t: 26, b: below },
       legend: { orientation: "h", yref: "container", y: 0.01, yanchor: "bottom", xref: "container", x: 0.01, traceorder: "normal", font: { color: ink }, itemclick: false, itemdoubleclick: false },
-      xaxis: { title: { text: unit }, side: "bottom", range: [0, 1.22 * most / bytes], showspikes: false, uirevision: unit },
+      xaxis: { title: { text: unit }, side: "bottom", range: [0, 1.22 * most / bytes], showspikes: false, uirevision: unit, showgrid: cards.length < 3 },
       yaxis: { range: [y - 0.4, -0.7], tickvals: ticks.map((t) => t[0]), ticktext: ticks.map((t) => t[1]), showgrid: false },
     })];
   },
@@ -188,7 +188,10 @@ const figures = {
 
 // ------------------------------------------------------------------------------------------------------------- controls
 
-const settings = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], doubleClick: "reset" };
+const settings = {
+  responsive: true, displaylogo: false, doubleClick: "reset", displayModeBar: narrow.matches ? false : "hover",
+  modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]],
+};
 const waiting = new Set(), near = new Set();
 
 function draw() {
@@ -251,7 +254,7 @@ all(".plot").forEach((plot) => plot.addEventListener("keydown", (event) => {
   if (event.key === "0") Plotly.relayout(plot, { "xaxis.autorange": plot.id !== "memory", "yaxis.autorange": !["memory", "drift", "energy"].includes(plot.id) });
   else if (event.key.startsWith("Arrow")) {
     plot.at = Math.min(high, Math.max(low, middle + (event.key === "ArrowRight" ? width : -width) / 50));
-    Plotly.Fx.hover(plot, [{ xval: plot.at }], ["xy"]);
+    Plotly.Fx.hover(plot, { xval: plot.at, yval: 1 }, "xy");
   } else {
     const half = (event.key === "+" ? 0.25 : 1) * width;
     Plotly.relayout(plot, { "xaxis.range": [middle - half, middle + half] });

@@ -35,7 +35,7 @@ CELLS = 60_000
 """Of all heat maps together, each counted once for all its fields."""
 
 REST = "the rest"
-MEASURED = {**COLUMNS, REST: "#d9dce1"}
+MEASURED = {**COLUMNS, REST: "#c3c9d2"}
 """Columns of a measured peak -> colours."""
 
 # Told apart without colours too: each run has a dash and a symbol of its own kind.
@@ -104,7 +104,7 @@ def report_page(runs: Sequence[Run]) -> str:
         ),
         "norm": (
             "Gradient norm",
-            "Of all parameters together, before clipping.",
+            "Of all parameters, before clipping; smoothed.",
             "" if any(run["norm"]["y"] for run in shown) else "No gradient norm was logged.",
             [_curve_table(runs, "grad_norm", "gradient norm", "{:.3g}")],
         ),
@@ -156,6 +156,7 @@ def report_page(runs: Sequence[Run]) -> str:
 def _curves(run: Run) -> dict[str, Any]:
     """The series that page.js draws, thinned."""
     losses = [number(row, "loss") for row in run.steps]
+    norms = [number(row, "grad_norm") for row in run.steps]
     paces = durations(run)
     refreshed = {row["step"] for row in run.refreshes}
     scores = {name for row in run.evaluations for name in row} - {"step", "tokens", "epoch", "valid_loss", "perplexity"}
@@ -164,7 +165,7 @@ def _curves(run: Run) -> dict[str, Any]:
         "loss": _series(run, run.steps, losses, smooth(losses)),
         "valid": _series(run, run.evaluations, [number(row, "valid_loss") for row in run.evaluations]),
         "lr": _series(run, run.steps, [number(row, "lr") for row in run.steps]),
-        "norm": _series(run, run.steps, [number(row, "grad_norm") for row in run.steps]),
+        "norm": _series(run, run.steps, norms, smooth(norms)),
         "pace": _series(run, run.steps, paces, smooth(paces)),
         "refreshed": _series(
             run,
@@ -259,7 +260,9 @@ def _vocab_size(run: Run) -> int | None:
 def _cards_in_words(totals: Sequence[float]) -> str:
     most = max(totals, default=0)
     fits = min((size for size in CARDS if most <= size * GIB - CARD_RESERVE), default=None)
-    least = f"the least one that holds all of this has {fits} GB" if fits else f"the last, {max(CARDS)} GB, is too small"
+    least = (
+        f"the least one that holds all of this has {fits} GB" if fits else f"the last, {max(CARDS)} GB, is too small"
+    )
     return f"Cards are dashed lines; {least}."
 
 
@@ -392,6 +395,8 @@ def _glance(runs: Sequence[Run]) -> Table:
     """What one wants to know first, a row for each run; the best of a column has a star."""
     rows = [dict(_facts(run)) for run in runs]
     head = [name for name in rows[0] if any(row[name] for row in rows)]
+    if all(run.status == "finished" for run in runs):
+        head.remove("state of the run")
     losses = [number(run.summary, "valid_loss") for run in runs]
     if "validation loss" in head and sum(loss is not None for loss in losses) > 1:
         best = min(range(len(runs)), key=lambda i: math.inf if losses[i] is None else losses[i])  # type: ignore[arg-type, return-value]
