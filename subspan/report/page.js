@@ -43,7 +43,7 @@ function marks(run, series, y, more = {}) {
 }
 
 function colours() {
-  const of = getComputedStyle(document.body), card = getComputedStyle(document.querySelector("section"));
+  const of = getComputedStyle(document.body), card = getComputedStyle(document.querySelector(".figure"));
   return { ink: of.color, card: card.backgroundColor, line: card.borderTopColor, faint: getComputedStyle(document.querySelector(".faint")).color };
 }
 

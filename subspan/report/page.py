@@ -21,7 +21,7 @@ from subspan.memory import GIB
 from subspan.optim.presets import FULL_RANK
 from subspan.plan import CARD_RESERVE, CARDS, MemoryPlan, Planner, describe_cards, describe_optim, describe_run
 from subspan.report.figures import COLUMNS
-from subspan.report.runs import Run, at, command_of, drift, durations, number, significant, smooth, thin
+from subspan.report.runs import POINTS, Run, at, command_of, drift, durations, number, significant, smooth, thin
 from subspan.training.config import TrainConfig
 from subspan.training.finetune_config import FinetuneConfig
 from subspan.training.models import LLAMA
@@ -30,6 +30,8 @@ ENDINGS = (".html", ".htm")
 
 ROWS = 12
 """A table under a figure has no more of a run."""
+
+NOTE = f"At most {ROWS} steps of each run, evenly spaced; all are in its metrics.jsonl."
 
 CELLS = 60_000
 """Of all heat maps together, each counted once for all its fields."""
@@ -82,8 +84,10 @@ def report_page(runs: Sequence[Run]) -> str:
     bars = plan_runs(runs)
     watched = sum(bool(run.refreshes) for run in runs)
     drifts = [drift(run, CELLS // max(1, watched)) for run in runs]
+    points = min(POINTS, max(200, 6 * POINTS // len(runs)))  # a browser has to draw all of them
     shown = [
-        {**_curves(run), "drift": found, "energy": _energy(found)} for run, found in zip(runs, drifts, strict=True)
+        {**_curves(run, points), "drift": found, "energy": _energy(found)}
+        for run, found in zip(runs, drifts, strict=True)
     ]
     scores = list(dict.fromkeys(name for run in shown for name in run["scores"]))
     data = {"runs": shown, "memory": bars, "scores": scores}
@@ -93,7 +97,7 @@ def report_page(runs: Sequence[Run]) -> str:
             "Loss" if scores else "Loss and perplexity",
             "Of each step, smoothed over the last 50th of the run; raw values are faint. Symbols are validation.",
             "" if losses else "No loss was logged.",
-            [_loss_table(runs), _validation_table(runs)],
+            [_loss_table(runs, not scores), _validation_table(runs, not scores)],
         ),
         "scores": ("Scores", "Metrics of the validation rows, after each epoch.", "", [_score_table(runs, scores)]),
         "lr": (
@@ -112,6 +116,7 @@ def report_page(runs: Sequence[Run]) -> str:
             "Memory",
             "Planned: the tensors at the fullest moment of a step. Measured: the peak, with weights, gradients and optimizer "
             "state as they were counted; on a CPU the rest holds Python and its libraries, and the peak is the process's. "
+            + ("Fine-tunings are not planned. " if any(isinstance(run.config, FinetuneConfig) for run in runs) else "")
             + _cards_in_words([bar["total"] for group in bars for bar in group["bars"]]),
             "" if any(group["bars"] for group in bars) else "Nothing was planned or measured.",
             [_memory_table(bars)],
@@ -153,30 +158,28 @@ def report_page(runs: Sequence[Run]) -> str:
     )
 
 
-def _curves(run: Run) -> dict[str, Any]:
-    """The series that page.js draws, thinned."""
-    losses = [number(row, "loss") for row in run.steps]
-    norms = [number(row, "grad_norm") for row in run.steps]
-    paces = durations(run)
+def _curves(run: Run, points: int) -> dict[str, Any]:
+    """The series that page.js draws, of at most so many points; those with symbols have fewer."""
+    symbols = points // 10  # each is an element of the page
     refreshed = {row["step"] for row in run.refreshes}
-    scores = {name for row in run.evaluations for name in row} - {"step", "tokens", "epoch", "valid_loss", "perplexity"}
+    losses, norms, lrs = ([number(row, key) for row in run.steps] for key in ("loss", "grad_norm", "lr"))
+    paces = durations(run)
+    rings = [(row, pace) for row, pace in zip(run.steps, paces, strict=True) if row["step"] in refreshed]
+    known = ("step", "tokens", "epoch", "valid_loss", "perplexity")
+    scores = {name for row in run.evaluations for name in row if name not in known}
+
+    def evaluated(name: str) -> dict[str, Any]:
+        return _series(run, run.evaluations, [number(row, name) for row in run.evaluations], symbols)
+
     return {
         "name": run.name,
-        "loss": _series(run, run.steps, losses, smooth(losses)),
-        "valid": _series(run, run.evaluations, [number(row, "valid_loss") for row in run.evaluations]),
-        "lr": _series(run, run.steps, [number(row, "lr") for row in run.steps]),
-        "norm": _series(run, run.steps, norms, smooth(norms)),
-        "pace": _series(run, run.steps, paces, smooth(paces)),
-        "refreshed": _series(
-            run,
-            run.steps,
-            [pace if row["step"] in refreshed else None for row, pace in zip(run.steps, paces, strict=True)],
-            keep_gaps=False,
-        ),
-        "scores": {
-            name: _series(run, run.evaluations, [number(row, name) for row in run.evaluations])
-            for name in sorted(scores)
-        },
+        "loss": _series(run, run.steps, losses, points, smooth(losses)),
+        "valid": evaluated("valid_loss"),
+        "lr": _series(run, run.steps, lrs, points),
+        "norm": _series(run, run.steps, norms, points, smooth(norms)),
+        "pace": _series(run, run.steps, paces, points, smooth(paces)),
+        "refreshed": _series(run, [row for row, _ in rings], [pace for _, pace in rings], symbols),
+        "scores": {name: evaluated(name) for name in sorted(scores)},
     }
 
 
@@ -184,14 +187,11 @@ def _series(
     run: Run,
     rows: Sequence[dict[str, Any]],
     values: Sequence[float | None],
+    points: int,
     smoothed: Sequence[float | None] | None = None,
-    keep_gaps: bool = True,
 ) -> dict[str, Any]:
     """Values of `rows` with their steps, tokens and seconds; nothing if there are no values."""
-    places = list(range(len(rows))) if keep_gaps else [i for i, value in enumerate(values) if value is not None]
-    places = [places[i] for i in thin([values[i] for i in places])]
-    if all(values[i] is None for i in places):
-        places = []
+    places = [] if all(value is None for value in values) else thin(values, points)
     made = {**at(run, [rows[i]["step"] for i in places]), "y": [significant(values[i], 6) for i in places]}
     if smoothed is not None:
         made["smooth"] = [significant(smoothed[i], 6) for i in places]
@@ -235,8 +235,6 @@ def plan_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 bars.append(_bar("planned", {name: getattr(plan, name) for name in COLUMNS}))
             except Exception as error:  # a model that is gone or of another kind than the planner knows
                 run.notices.append(f"Its memory cannot be planned: {' '.join(str(error).split())}.")
-        elif run.config:
-            run.notices.append("Its memory is not planned: the planner knows language models, not classifiers.")
         peak = number(run.summary, "peak_memory_bytes") or run.last("peak_memory_bytes")
         if peak:
             sizes = run.summary.get("bytes")
@@ -281,23 +279,25 @@ def _time(row: dict[str, Any]) -> list[str]:
     return [f"{row['step']:,}", "" if tokens is None else f"{tokens:,.0f}", duration(number(row, "seconds"))]
 
 
-def _loss_table(runs: Sequence[Run]) -> Table:
-    table = Table(["step", "tokens", "time", "loss", "smoothed", "perplexity of it"], note=NOTE)
+def _loss_table(runs: Sequence[Run], texts: bool) -> Table:
+    """texts: the loss is one of texts, so it has a perplexity."""
+    table = Table(["step", "tokens", "time", "loss", "smoothed", "perplexity of it"][: 6 if texts else 5], note=NOTE)
     for i, run in enumerate(runs):
         losses = [number(row, "loss") for row in run.steps]
         rows = _spread(list(zip(run.steps, losses, smooth(losses), strict=True)))
         cells = [[*_time(row), _text(loss), _text(mean), _text(perplexity(mean), ".2f")] for row, loss, mean in rows]
-        table.groups.append((i, run.name, cells))
+        table.groups.append((i, run.name, [row[: len(table.head)] for row in cells]))
     return table
 
 
-def _validation_table(runs: Sequence[Run]) -> Table:
-    table = Table(["step", "tokens", "time", "validation loss", "perplexity"])
+def _validation_table(runs: Sequence[Run], texts: bool) -> Table:
+    table = Table(["step", "tokens", "time", "validation loss", "perplexity"][: 5 if texts else 4])
     for i, run in enumerate(runs):
         rows = []
         for row in _spread(run.evaluations):
             loss = number(row, "valid_loss")
-            rows.append([*_time(_placed(run, row)), _text(loss), _text(perplexity(loss), ".2f")])
+            cells = [*_time(_placed(run, row)), _text(loss), _text(perplexity(loss), ".2f")]
+            rows.append(cells[: len(table.head)])
         table.groups.append((i, run.name, rows))
     return table
 
@@ -420,7 +420,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("state of the run", run.status),
         ("method", _method(run.config)),
         ("validation loss", _text(loss)),
-        ("perplexity", _text(None if best else perplexity(loss), ".2f")),
+        ("perplexity", _text(None if isinstance(run.config, FinetuneConfig) else perplexity(loss), ".2f")),
         ("best epoch", ", ".join(scores)),
         ("training loss", _text(next((mean for mean in reversed(means) if mean is not None), None))),
         ("tokens", _text(run.last("tokens"), ",.0f")),
@@ -579,9 +579,6 @@ def _render(data: dict[str, Any], **context: Any) -> str:
         plotly=offline.get_plotlyjs(),
     )
     return page
-
-
-NOTE = f"At most {ROWS} steps of each run, evenly spaced; all are in its metrics.jsonl."
 
 
 def _text(value: float | None, form: str = ".4f") -> str:
