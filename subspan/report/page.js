@@ -180,7 +180,7 @@ const figures = {
     return [traces, layout({
       height: 26 + below + (groups.length > 8 ? 19 : 28) * y, barmode: "stack", hovermode: "closest", annotations: texts, shapes: lines, showlegend: true, margin: { l: 12, r: 14, t: 26, b: below },
       legend: { orientation: "h", yref: "container", y: 0.01, yanchor: "bottom", xref: "container", x: 0.01, traceorder: "normal", font: { color: ink }, itemclick: false, itemdoubleclick: false },
-      xaxis: { title: { text: unit }, side: "bottom", range: [0, 1.22 * most / bytes], showspikes: false, uirevision: unit, showgrid: cards.length < 3 },
+      xaxis: { title: { text: unit }, side: "bottom", range: [0, (narrow.matches ? 1.35 : 1.22) * most / bytes], showspikes: false, uirevision: unit, showgrid: cards.length < 3 },
       yaxis: { range: [y - 0.4, -0.7], tickvals: ticks.map((t) => t[0]), ticktext: ticks.map((t) => t[1]), showgrid: false },
     })];
   },

@@ -66,6 +66,16 @@ class Table:
     note: str = ""
 
 
+@dataclass
+class Figure:
+    """What stands around a figure: above it, under it, or in its place where there is nothing to draw."""
+
+    title: str
+    text: str
+    tables: Sequence[Table]
+    empty: str = ""
+
+
 def check_page(path: Path, argument: str = "out") -> None:
     """ValueError unless a page can be written to `path`; to be asked before the work is done."""
     if path.suffix.lower() not in ENDINGS:
@@ -91,56 +101,61 @@ def report_page(runs: Sequence[Run]) -> str:
     ]
     scores = list(dict.fromkeys(name for run in shown for name in run["scores"]))
     data = {"runs": shown, "memory": bars, "scores": scores}
-    losses = any(run["loss"]["y"] or run["valid"]["y"] for run in shown)
+
+    def missing(text: str, *names: str) -> str:
+        return "" if any(run[name]["y"] for run in shown for name in names) else text
+
+    unwatched = "" if any(drifts) else "Nothing is known of refreshes: train with --run.diagnostics true."
+    classifiers = any(isinstance(run.config, FinetuneConfig) for run in runs)
     figures = {
-        "loss": (
+        "loss": Figure(
             "Loss" if scores else "Loss and perplexity",
             "Of each step, smoothed over the last 50th of the run; raw values are faint. Symbols are validation.",
-            "" if losses else "No loss was logged.",
             [_loss_table(runs, not scores), _validation_table(runs, not scores)],
+            missing("No loss was logged.", "loss", "valid"),
         ),
-        "scores": ("Scores", "Metrics of the validation rows, after each epoch.", "", [_score_table(runs, scores)]),
-        "lr": (
+        "scores": Figure("Scores", "Metrics of the validation rows, after each epoch.", [_score_table(runs, scores)]),
+        "lr": Figure(
             "Learning rate",
             "Of the first parameter group: the matrices'.",
-            "" if any(run["lr"]["y"] for run in shown) else "No learning rate was logged.",
-            [_curve_table(runs, "lr", "learning rate", "{:.2e}")],
+            [_curve_table(runs, "lr", "learning rate", ".2e")],
+            missing("No learning rate was logged.", "lr"),
         ),
-        "norm": (
+        "norm": Figure(
             "Gradient norm",
             "Of all parameters, before clipping; smoothed.",
-            "" if any(run["norm"]["y"] for run in shown) else "No gradient norm was logged.",
-            [_curve_table(runs, "grad_norm", "gradient norm", "{:.3g}")],
+            [_curve_table(runs, "grad_norm", "gradient norm", ".3g")],
+            missing("No gradient norm was logged.", "norm"),
         ),
-        "memory": (
+        "memory": Figure(
             "Memory",
             "Planned: the tensors at the fullest moment of a step. Measured: the peak, with weights, gradients and optimizer "
             "state as they were counted; on a CPU the rest holds Python and its libraries, and the peak is the process's. "
-            + ("Fine-tunings are not planned. " if any(isinstance(run.config, FinetuneConfig) for run in runs) else "")
+            + ("Fine-tunings are not planned. " if classifiers else "")
             + _cards_in_words([bar["total"] for group in bars for bar in group["bars"]]),
-            "" if any(group["bars"] for group in bars) else "Nothing was planned or measured.",
             [_memory_table(bars)],
+            "" if any(group["bars"] for group in bars) else "Nothing was planned or measured.",
         ),
-        "drift": (
+        "drift": Figure(
             "Subspace drift",
             "What refreshes found in each layer. An overlap near 1 is a subspace that rests, near rank / dimension one that "
             "was drawn anew.",
-            "" if any(drifts) else "Nothing is known of refreshes: train with --run.diagnostics true.",
             [_drift_table(runs, shown)],
+            unwatched,
         ),
-        "energy": (
+        "energy": Figure(
             "Captured energy",
             "Share of a gradient's energy that its basis holds, median of the matrices: the new basis with symbols, the one "
             "that it replaces faint.",
-            "" if any(drifts) else "Nothing is known of refreshes: train with --run.diagnostics true.",
             [_energy_table(runs, shown)],
+            unwatched,
         ),
-        "pace": (
+        "pace": Figure(
             "Time of a step",
             "Evaluations and checkpoints are not in it. Rings are steps with a refresh, of runs with diagnostics that do not "
             "spread refreshes over all steps.",
-            "" if any(run["pace"]["y"] for run in shown) else "No times were logged.",
             [_pace_table(runs)],
+            missing("No times were logged.", "pace"),
         ),
     }
     if not scores:
@@ -322,7 +337,7 @@ def _curve_table(runs: Sequence[Run], key: str, name: str, form: str) -> Table:
     table = Table(["step", "tokens", "time", name], note=NOTE)
     for i, run in enumerate(runs):
         rows = [(row, number(row, key)) for row in _spread(run.steps)]
-        table.groups.append((i, run.name, [[*_time(row), _text(value, form=form)] for row, value in rows]))
+        table.groups.append((i, run.name, [[*_time(row), _text(value, form)] for row, value in rows]))
     return table
 
 
@@ -540,7 +555,7 @@ def plan_page(plans: Mapping[str, MemoryPlan], config: TrainConfig) -> str:
             ("optimizer state", size_of(plan.optimizer)),
         ],
         glance=None,
-        figures={"memory": ("This run beside other methods", text, "", [table, phases])},
+        figures={"memory": Figure("This run beside other methods", text, [table, phases])},
         differences=None,
         command=command_of(config),
     )
@@ -582,9 +597,7 @@ def _render(data: dict[str, Any], **context: Any) -> str:
 
 
 def _text(value: float | None, form: str = ".4f") -> str:
-    if value is None:
-        return ""
-    return form.format(value) if "{" in form else f"{value:{form}}"
+    return "" if value is None else f"{value:{form}}"
 
 
 def perplexity(loss: float | None) -> float | None:
