@@ -137,7 +137,7 @@ def train_command(config: TrainConfig, command: str) -> None:
         print(f"\n{describe_summary(summary, command)}")
     if config.parallel.count == 1:
         measured = summary["peak_memory_bytes"], summary["device"]
-        print(f"\nmemory  {planned_and_measured(config, embeddings[0], *measured)}")
+        print(f"\nmemory  {planned_and_measured(config, embeddings[0], *measured)[1]}")
 
 
 def report_command(runs: Sequence[str], out: str | None, figure: str | None) -> None:

@@ -19,7 +19,7 @@ import torch
 import subspan
 from subspan.memory import GIB, available_memory
 
-EXTRAS = ("hf", "train", "baselines", "finetune", "plan")
+EXTRAS = ("hf", "train", "baselines", "finetune", "plan", "report")
 """Those that users want; `dev` is for this repository."""
 
 SIDE = 512  # of the matrices that are multiplied

@@ -21,6 +21,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -34,7 +35,7 @@ from subspan.memory import MemoryTable, count_memory, peak_memory
 from subspan.optim.groups import describe_groups
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.optimizer import ProjectedOptimizer
-from subspan.plan import planned_and_measured
+from subspan.plan import MemoryPlan, planned_and_measured
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from subspan.training.runlog import json_ready, lines_until
 from subspan.training.trainer import describe_device, make_optimizer, versions
@@ -187,7 +188,8 @@ def projected(optimizer: Any) -> ProjectedOptimizer | None:
 
 class SubspanCallback(TrainerCallback):
     """Tells what Trainer does not: parameter groups and memory before the first step, planned and measured memory after the last;
-    and leaves `metrics.jsonl` and `summary.json` in `output_dir`, so that `subspan report OUTPUT_DIR` draws the run.
+    and leaves `metrics.jsonl`, `trainer.json` (settings) and `summary.json` in `output_dir`, so that `subspan report OUTPUT_DIR`
+    draws the run.
 
     diagnostics: write what every refresh finds (`subspan.diagnostics`): captured energy, angles, stable ranks. Not with
         gradients="update", which leaves no gradient to read.
@@ -213,6 +215,7 @@ class SubspanCallback(TrainerCallback):
                 f"callbacks: SubspanCallback found {type(optimizer).__name__}, no optimizer of Subspan: "
                 "give Trainer optimizer_cls_and_kwargs=subspan.hf.optimizer(args, ...)"
             )
+        clip_in_optimizer()
         self.model, self.optimizer, self.first = model, own, state.is_world_process_zero
         self.processes = args.world_size
         self.memory: MemoryTable = count_memory(model, own)
@@ -232,6 +235,9 @@ class SubspanCallback(TrainerCallback):
             return
         self.out.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(before), encoding="utf-8")
+        config = _CONFIGS.get(own)  # none of an optimizer that Trainer was given ready
+        settings = {"optim": config and asdict(config), "arguments": args.to_sanitized_dict()}
+        (self.out / "trainer.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         peaks = [{**group, "lr": group.get("initial_lr", group["lr"])} for group in own.param_groups]  # before warm-up
         print(f"{describe_groups(peaks)}\n\nmemory, without activations\n{self.memory}\n", flush=True)
 
@@ -288,19 +294,21 @@ class SubspanCallback(TrainerCallback):
         if not self.first:
             return
         peak, device = peak_memory(args.device), describe_device(args.device)
+        plan, words = self._plan(args, peak, device)
         summary = {
             "steps": state.global_step,
             "tokens": self.tokens,
             "seconds": time.perf_counter() - self.begin,
             "refresh_seconds": self.optimizer.refresh_seconds,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "bytes": vars(self.memory),
+            "bytes": asdict(self.memory),
+            "plan": plan and plan.as_dict(),
             "peak_memory_bytes": peak,
             "device": device,
             "versions": versions(),
         }
         (self.out / "summary.json").write_text(json.dumps(json_ready(summary), indent=2) + "\n", encoding="utf-8")
-        print(f"memory  {self._plan(args, peak, device)}", flush=True)
+        print(f"memory  {words}", flush=True)
 
     def _saw(self, model: nn.Module, positional: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         """Before a forward pass: its shape is counted, which costs no sync."""
@@ -311,10 +319,11 @@ class SubspanCallback(TrainerCallback):
         self.tokens += ids.numel() * self.processes
         self.largest = max(self.largest, (ids.shape[0], ids.shape[1]), key=math.prod)
 
-    def _plan(self, args: TrainingArguments, peak: int, device: str) -> str:
+    def _plan(self, args: TrainingArguments, peak: int, device: str) -> tuple[MemoryPlan | None, str]:
         """Planned memory beside measured, in words; of a causal language model, and after a step in this process."""
-        if not math.prod(self.largest):
-            return f"measured {peak / 2**30:.3f} GiB"
+        optim = _CONFIGS.get(self.optimizer)
+        if optim is None or not math.prod(self.largest):
+            return None, f"measured {peak / 2**30:.3f} GiB"
         sequences, seq_len = self.largest
         flags = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the older name is deprecated
         checkpointing = bool(next((getattr(self.model, flag) for flag in flags if hasattr(self.model, flag)), False))
@@ -327,7 +336,7 @@ class SubspanCallback(TrainerCallback):
                     activation_checkpointing=checkpointing,
                 ),
                 DataConfig(seq_len=seq_len),
-                _CONFIGS[self.optimizer],
+                optim,
                 RunConfig(
                     batch_size=sequences * args.gradient_accumulation_steps,
                     micro_batch=sequences,

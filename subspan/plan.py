@@ -192,8 +192,10 @@ def plan_memory(config: TrainConfig, vocab_size: int | None = None) -> MemoryPla
     return Planner(vocab_size).plan(config)
 
 
-def planned_and_measured(config: TrainConfig, vocab_size: int | None, peak: int, device: str) -> str:
-    """The planned peak of a run in words, beside the measured one: `peak` bytes on `device`, as `describe_device` names it."""
+def planned_and_measured(
+    config: TrainConfig, vocab_size: int | None, peak: int, device: str
+) -> tuple[MemoryPlan | None, str]:
+    """The plan of a run, and its peak in words beside the measured one: `peak` bytes on `device`, as `describe_device` names it."""
     measured = f"measured {peak / GIB:.3f} GiB"
     if not device.startswith("cuda"):
         measured += ", the process with Python and its libraries"
@@ -201,8 +203,8 @@ def planned_and_measured(config: TrainConfig, vocab_size: int | None, peak: int,
         plan = plan_memory(config, vocab_size)
     except Exception as error:  # a model of another kind than the planner knows: the run is over and good
         reason = " ".join(str(error).split()) or type(error).__name__
-        return f"{measured} (no plan: {reason})"
-    return f"planned {plan.peak / GIB:.3f} GiB of tensors at most, in {plan.peak_at}; {measured}"
+        return None, f"{measured} (no plan: {reason})"
+    return plan, f"planned {plan.peak / GIB:.3f} GiB of tensors at most, in {plan.peak_at}; {measured}"
 
 
 @dataclass(frozen=True)

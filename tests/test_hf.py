@@ -21,6 +21,8 @@ import subspan
 import subspan.hf
 from subspan.optim.presets import PRESETS
 from subspan.optim.refresh import Refresh
+from subspan.report.page import plan_runs
+from subspan.report.runs import read_runs
 
 SIZES = {
     "vocab_size": 64,
@@ -226,7 +228,12 @@ def test_the_callback_leaves_a_run_that_can_be_reported(tmp_path: Path, capsys: 
     assert summary["bytes"]["moments"] == sum(
         X.nbytes for state in own.state.values() for key, X in state.items() if key != "basis"
     )
+    assert summary["plan"]["moments"] == summary["bytes"]["moments"]
     assert "prepare" not in vars(own)  # all is as it was
+    (run,) = read_runs([tmp_path])
+    assert (run.notices, run.status, len(run.steps)) == ([], "finished", 4)
+    assert '"update_proj_gap": 2' in run.config_text
+    assert [bar["label"] for bar in plan_runs([run])[0]["bars"]] == ["planned", "measured"]
 
 
 def test_the_log_of_a_run_that_goes_on_is_one_log(tmp_path: Path) -> None:
@@ -243,6 +250,17 @@ def test_the_callback_wants_an_optimizer_of_subspan(tmp_path: Path) -> None:
     plain = Trainer(model, arguments(tmp_path), train_dataset=ROWS, callbacks=[subspan.hf.SubspanCallback()])
     with pytest.raises(ValueError, match=r"optimizer_cls_and_kwargs=subspan\.hf\.optimizer"):
         plain.train()
+
+
+def test_an_optimizer_that_trainer_is_given_ready_does_as_well(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    groups = subspan.param_groups(model, rank=8, update_proj_gap=2, verbose=False)
+    ready = subspan.GaLoreAdamW(groups, lr=0.02, gradients="project", refresh=Refresh(seed=42))
+    args = arguments(tmp_path, max_grad_norm=0.5)
+    made = Trainer(model, args, train_dataset=ROWS, optimizers=(ready, None), callbacks=[subspan.hf.SubspanCallback()])
+    made.train()
+    assert logged(made, "grad_norm") == logged(trained(tmp_path / "own", max_grad_norm=0.5), "grad_norm")
 
 
 def test_a_search_for_hyperparameters_reaches_the_optimizer(tmp_path: Path) -> None:

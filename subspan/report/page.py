@@ -250,6 +250,8 @@ def plan_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 bars.append(_bar("planned", {name: getattr(plan, name) for name in COLUMNS}))
             except Exception as error:  # a model that is gone or of another kind than the planner knows
                 run.notices.append(f"Its memory cannot be planned: {' '.join(str(error).split())}.")
+        elif isinstance(run.summary.get("plan"), dict):  # of a run in another loop, which has no config
+            bars.append(_bar("planned", {name: number(run.summary["plan"], name) or 0 for name in COLUMNS}))
         peak = number(run.summary, "peak_memory_bytes") or run.last("peak_memory_bytes")
         if peak:
             sizes = run.summary.get("bytes")

@@ -22,6 +22,9 @@ from subspan.training.finetune_config import FINETUNE_SECTIONS, FinetuneConfig, 
 FILES = ("metrics.jsonl", "config.yaml", "summary.json")
 """One of them makes a folder that of a run."""
 
+TRAINER = "trainer.json"
+"""What `subspan.hf.SubspanCallback` leaves instead of a config.yaml."""
+
 POINTS = 1000
 """A drawn series has no more; between two of them lie the extremes that it has."""
 
@@ -115,6 +118,10 @@ def _read(name: str, folder: Path, owner: Path) -> Run:
 
 def _read_config(run: Run, path: Path) -> None:
     if not path.is_file():
+        trainer = path.with_name(TRAINER)
+        if trainer.is_file():
+            run.config_text = trainer.read_text(encoding="utf-8", errors="replace")
+            return
         run.notices.append("config.yaml is missing: no settings, no plan of its memory, no command to repeat it.")
         return
     yaml = require("yaml", "report")
