@@ -195,7 +195,7 @@ def plan_memory(config: TrainConfig, vocab_size: int | None = None) -> MemoryPla
 def planned_and_measured(
     config: TrainConfig, vocab_size: int | None, peak: int, device: str
 ) -> tuple[MemoryPlan | None, str]:
-    """The plan of a run, and its peak in words beside the measured one: `peak` bytes on `device`, as `describe_device` names it."""
+    """The plan of a run, and its peak in words beside the measured one, `peak` bytes on `device` (`describe_device`)."""
     measured = f"measured {peak / GIB:.3f} GiB"
     if not device.startswith("cuda"):
         measured += ", the process with Python and its libraries"
