@@ -387,6 +387,7 @@ def test_the_page_of_a_plan(tmp_path: Path) -> None:
     assert [link for link in page.loads if not link.startswith("#")] == []
     assert page.plots == {"memory": 2}
     assert [group["name"] for group in page.data["memory"]][:2] == ["this run", "AdamW"]
+    assert "This run beside other methods" in page.text
     assert "subspan train" in page.text
     assert subspan(*words, str(tmp_path / "plan.txt")) == 2
 

@@ -146,7 +146,7 @@ const figures = {
     const groups = data.memory.filter((group) => !hidden.has(group.run) && group.bars.length);
     const most = Math.max(1, ...groups.flatMap((group) => group.bars.map((bar) => bar.total)));
     const [unit, bytes] = most >= 2 ** 30 ? ["GiB", 2 ** 30] : ["MiB", 2 ** 20];
-    let y = 0;
+    let y = 0;  // downwards
     const ticks = [], texts = [], bars = [];
     for (const group of groups) {
       const alone = !group.bars[0].label;  // a plan: the name itself stands beside the bar
@@ -176,10 +176,11 @@ const figures = {
     let last = -1;
     const named = cards.filter(([, size]) => size - last > most * (narrow.matches ? 0.14 : 0.06) && (last = size));
     named.forEach(([card, size]) => texts.push({ x: size / bytes, y: 1, yref: "paper", yanchor: "bottom", text: `${card} GB`, showarrow: false, font: { color: faint, size: 11 } }));
-    const below = narrow.matches ? 125 : 90;  // for the axis and the legend
+    y = Math.max(y, 3);  // also where no run is shown
+    const below = narrow.matches ? 150 : 90;  // for the axis and the legend
     return [traces, layout({
       height: 26 + below + (groups.length > 8 ? 19 : 28) * y, barmode: "stack", hovermode: "closest", annotations: texts, shapes: lines, showlegend: true, margin: { l: 12, r: 14, t: 26, b: below },
-      legend: { orientation: "h", yref: "container", y: 0.01, yanchor: "bottom", xref: "container", x: 0.01, traceorder: "normal", font: { color: ink }, itemclick: false, itemdoubleclick: false },
+      legend: { orientation: "h", yref: "container", y: 0.01, yanchor: "bottom", xref: "container", x: 0.01, traceorder: "normal", entrywidth: narrow.matches ? 72 : undefined, font: { color: ink }, itemclick: false, itemdoubleclick: false },
       xaxis: { title: { text: unit }, side: "bottom", range: [0, (narrow.matches ? 1.35 : 1.22) * most / bytes], showspikes: false, uirevision: unit, showgrid: cards.length < 3 },
       yaxis: { range: [y - 0.4, -0.7], tickvals: ticks.map((t) => t[0]), ticktext: ticks.map((t) => t[1]), showgrid: false },
     })];
