@@ -4,6 +4,7 @@
 * A line that is a link to a section of the README, `[Two commands](../README.md#two-commands)`, becomes that section.
 * Links to what the site does not have (tests, examples, recipes) become plain text, or lead to `repo_url` where mkdocs.yml has one.
   Links to what does not exist at all are left to mkdocs, which warns, and fails with --strict.
+* In docstrings an argument begins a line.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ("reproductions", "benchmarks")
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+ARGUMENT = re.compile(r"\n\s*(?=[a-z_]+(=[^:\n]{1,30}|(, [a-z_]+)+)?: )")
 SECTION = re.compile(r"^\[[^\]]*\]\(\.\./README\.md#([\w-]+)\)$")
 
 
@@ -52,6 +54,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         return _outside_code(section, lambda t: LINK.sub(lambda k: _link(k, "README.md", source, config.repo_url), t))
 
     return _outside_code(markdown, line)
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Our docstrings are plain text, `name: what it is`, which Markdown runs together."""
+    return ARGUMENT.sub("<br>\n", html) if page.file.src_uri == "api.md" else html
 
 
 def readme_section(readme: str, anchor: str) -> str:
