@@ -2,7 +2,7 @@
 
 * The README of each folder of reproductions/ and benchmarks/ is a page of the site, with its images.
 * A line that is a link to a section of the README, `[Two commands](../README.md#two-commands)`, becomes that section.
-* Links to what the site does not have (tests, examples, recipes) become plain text, or lead to `repo_url` where mkdocs.yml has one.
+* Links to what the site does not have (tests, examples, recipes) become plain text, or lead to `repo_url` if mkdocs.yml has it.
   Links to what does not exist at all are left to mkdocs, which warns, and fails with --strict.
 * In docstrings an argument begins a line.
 """
