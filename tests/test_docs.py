@@ -52,14 +52,16 @@ RULES = {
         "skip", "wants eight GPUs; tests/test_shards.py does the same with processes on a CPU"
     ),
     ("README.md", "from subspan.distributed import ignore_projected"): Rule(
-        "prepare", "wants a process group, and a new model", "one_process(); model = new_model()"
+        "prepare", "wants a process group, and a new model", "one_process(); model, loader = fresh()"
     ),
     ("docs/distributed.md", "#!/bin/bash"): Rule("skip", "is a job for Slurm; the commands above it are checked"),
     ("docs/integrations.md", "from accelerate import Accelerator"): Rule(
-        "prepare", "is a loop of its own: Trainer's optimizer still has the hooks of its model", "model = new_model()"
+        "prepare",
+        "is a loop of its own: an optimizer above still has the hooks of its model",
+        "model, loader = fresh()",
     ),
     ("docs/integrations.md", "import lightning"): Rule(
-        "prepare", "is a loop of its own as well", "model = new_model()"
+        "prepare", "is a loop of its own as well", "model, loader = fresh()"
     ),
     ("docs/integrations.md", "import subspan.compat"): Rule(
         "process", "changes what `import galore_torch` means in its process"
@@ -125,7 +127,7 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
         "dataset": rows,
         "chat": datasets.Dataset.from_list([{"messages": messages}] * 16),
         "tokenizer": tokenizer,
-        "new_model": tiny_model,
+        "fresh": lambda: (tiny_model(), DataLoader(rows, batch_size=4)),
         "one_process": one_process,
     }
     if distributed.is_initialized():
