@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from trl import SFTConfig, SFTTrainer
 
 import subspan.hf
@@ -61,4 +62,5 @@ if __name__ == "__main__":
     from datasets import load_dataset
 
     chat = load_dataset("json", data_files=sys.argv[1], split="train")
-    train("HuggingFaceTB/SmolLM2-135M-Instruct", chat, out="runs/sft", assistant_only_loss=False)
+    gpu = torch.accelerator.is_available()  # TRL trains in bf16 unless told otherwise
+    train("HuggingFaceTB/SmolLM2-135M-Instruct", chat, out="runs/sft", bf16=gpu)

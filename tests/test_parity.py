@@ -307,6 +307,15 @@ def test_adafactor_settings_that_are_not_built_are_refused(kwargs, message):
         compat.GaLoreAdafactor([torch.nn.Parameter(torch.randn(4, 4))], **kwargs)
 
 
+def test_state_that_the_reference_saved_is_refused_with_what_differs():
+    p = torch.nn.Parameter(torch.randn(4, 6))
+    theirs = reference_adamw()(projected(p))
+    p.grad = torch.randn(4, 6)
+    theirs.step()
+    with pytest.raises(ValueError, match=r"'step': 'int'.*same rank, proj_type and rule"):
+        compat.GaLoreAdamW(projected(p)).load_state_dict(theirs.state_dict())
+
+
 def test_compat_groups_need_the_reference_keys():
     p = torch.nn.Parameter(torch.randn(4, 4))
     with pytest.raises(ValueError, match="scale, proj_type"):

@@ -251,7 +251,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
         pairs = []
         for p, index in zip(own, saved, strict=True):
             theirs, ours = state_dict["state"].get(index, {}), self.state[p]
-            shapes = [{key: tuple(value.shape) for key, value in state.items()} for state in (theirs, ours)]
+            shapes = [
+                {key: tuple(X.shape) if isinstance(X, Tensor) else type(X).__name__ for key, X in state.items()}
+                for state in (theirs, ours)
+            ]
             if shapes[0] != shapes[1]:
                 raise ValueError(
                     f"state of parameter {index} is {shapes[0]} in state_dict and {shapes[1]} here: "
