@@ -29,7 +29,7 @@ from subspan.cli import main, parse_finetune
 from subspan.training import finetune as module
 from subspan.training.classifier import build_classifier, load_tokenizer
 from subspan.training.config import SECTIONS
-from subspan.training.finetune import finetune
+from subspan.training.finetune import finetune, with_own_rate
 from subspan.training.finetune_config import (
     FINETUNE_SECTIONS,
     ClassifierConfig,
@@ -39,6 +39,7 @@ from subspan.training.finetune_config import (
     TaskConfig,
 )
 from subspan.training.tasks import load_task
+from subspan.training.trainer import groups_of, make_optimizer
 
 pytest.importorskip("sklearn")
 pytest.importorskip("peft")
@@ -268,7 +269,7 @@ def test_lora_trains_adapters_and_head(tmp_path: Path, encoder: str, train_rest:
         tmp_path, encoder, optim={"preset": "adamw"}, model={"baseline": "lora", "train_rest": train_rest}
     )
     tokenizer = load_tokenizer(encoder)
-    model, new = build_classifier(config, load_task(config.data, tokenizer), tokenizer, torch.device("cpu"))
+    model, new, _ = build_classifier(config, load_task(config.data, tokenizer), tokenizer, torch.device("cpu"))
     assert new == ["classifier.bias", "classifier.weight"]
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     adapters = {name for name in trained if "lora_" in name}
@@ -276,6 +277,33 @@ def test_lora_trains_adapters_and_head(tmp_path: Path, encoder: str, train_rest:
     rest = trained - adapters
     assert set(new) <= rest
     assert (rest == set(new)) == (not train_rest)
+
+
+@pytest.mark.parametrize(
+    ("optim", "model"), [({}, {}), ({"preset": "scale_sgd"}, {}), ({"preset": "adamw"}, {"baseline": "lora"})]
+)
+def test_a_head_can_have_a_rate_of_its_own(tmp_path: Path, encoder: str, optim: Any, model: Any) -> None:
+    config = configure(tmp_path, encoder, optim={"dense_lr": 0.002, "head_lr": 0.03, **optim}, model=model)
+    tokenizer = load_tokenizer(encoder)
+    built, _, head = build_classifier(config, load_task(config.data, tokenizer), tokenizer, torch.device("cpu"))
+    assert {"classifier.weight", "classifier.bias"} <= head
+    before = groups_of(built, config.optim)
+    groups = with_own_rate(before, head, config.optim.head_lr)
+    rates = {name: group["lr"] for group in groups if "lr" in group for name, _ in group["params"]}
+    assert {name for name, lr in rates.items() if lr == 0.03} == head
+    assert 0.002 in rates.values() or model
+    names = [sorted(name for group in found for name, _ in group["params"]) for found in (before, groups)]
+    assert names[0] == names[1]
+    make_optimizer(built, config.optim, 0, groups=groups)
+
+
+def test_a_head_at_the_rate_of_the_rest_changes_nothing(tmp_path: Path, encoder: str) -> None:
+    found = [
+        finetune(configure(tmp_path / name, encoder, optim={"dense_lr": 0.002, "head_lr": lr}))
+        for name, lr in (("a", None), ("b", 0.002), ("c", 0.03))
+    ]
+    assert numbers_of(found[0]) == numbers_of(found[1])
+    assert numbers_of(found[0]) != numbers_of(found[2])
 
 
 def test_a_head_that_fits_is_kept_and_another_is_new(tmp_path: Path, encoder: str) -> None:
@@ -286,7 +314,7 @@ def test_a_head_that_fits_is_kept_and_another_is_new(tmp_path: Path, encoder: st
         model.save_pretrained(folder)
         config = configure(tmp_path, str(folder))
         task = load_task(config.data, tokenizer)
-        _, new = build_classifier(config, task, tokenizer, torch.device("cpu"))
+        _, new, _ = build_classifier(config, task, tokenizer, torch.device("cpu"))
         assert new == expected
 
 

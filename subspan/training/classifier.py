@@ -46,10 +46,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def build_classifier(
     config: FinetuneConfig, task: TaskData, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> tuple[PreTrainedModel, list[str]]:
+) -> tuple[PreTrainedModel, list[str], set[str]]:
     """The pretrained model with a head for `task`, new unless it has one of that size, and adapters if they are asked for.
 
-    Also the names of the weights that no file had. Raises ValueError if it does not load.
+    Also the names of the weights that no file had, and of those of the head. Raises ValueError if it does not load.
     """
     name = config.model.name
     try:
@@ -74,11 +74,12 @@ def build_classifier(
     model.to(device)  # type: ignore[arg-type]
     other_size = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
     new = sorted({*info["missing_keys"], *other_size})
-    add_baseline(model, config, _head(model, new))
+    head = _head(model, new)
+    add_baseline(model, config, head)
     if config.model.activation_checkpointing:
         newer = getattr(model, "activation_checkpointing_enable", None)  # the older name is deprecated
         (newer or model.gradient_checkpointing_enable)()
-    return model, new
+    return model, new, head
 
 
 def _head(model: PreTrainedModel, new: Collection[str]) -> set[str]:

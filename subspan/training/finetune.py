@@ -14,6 +14,7 @@ import math
 import shutil
 import statistics
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ from subspan.training.trainer import (
     count_parameters,
     describe_device,
     find_device,
+    groups_of,
     make_optimizer,
     versions,
     warm_up_and_decay,
@@ -127,12 +129,13 @@ def _one_seed(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(seed)
-    model, new = build_classifier(config, task, tokenizer, device)
+    model, new, head = build_classifier(config, task, tokenizer, device)
     steps = run.epochs * math.ceil(len(task.train) / run.batch_size)
     warmup_steps = round(run.warmup_ratio * steps)
     # A fine-tuning may be shorter than T: random bases must not last. In every mode alike; `paper` has none.
     stagger = None if config.optim.preset == "paper" else max(1, steps // 50)
-    optimizer = make_optimizer(model, config.optim, seed, stagger)
+    groups = with_own_rate(groups_of(model, config.optim), head, config.optim.head_lr)
+    optimizer = make_optimizer(model, config.optim, seed, stagger, groups)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
 
     progress = Progress(task.sha256)
@@ -242,6 +245,19 @@ def _one_seed(
 
 
 # ------------------------------------------------------------------------------------------------------ runs and seeds
+
+
+def with_own_rate(groups: list[dict[str, Any]], names: Collection[str], lr: float | None) -> list[dict[str, Any]]:
+    """`groups` with the parameters of these names in groups of their own, at `lr`; as they are if it is None."""
+    if lr is None:
+        return groups
+    made = []
+    for group in groups:
+        own = [(name, p) for name, p in group["params"] if name in names]
+        rest = [(name, p) for name, p in group["params"] if name not in names]
+        made += [{**group, "params": rest}] if rest else []
+        made += [{**group, "params": own, "lr": lr}] if own else []
+    return made
 
 
 def _run_folder(config: FinetuneConfig) -> Path:

@@ -117,6 +117,8 @@ class FinetuneOptimConfig(OptimConfig):
 
     lr: float = 2e-5
     """peak learning rate"""
+    head_lr: float | None = None
+    """peak learning rate of the head; null: dense_lr. A new head of many classes wants much more than pretrained weights"""
     rank: int = 8
     """dimensions of the subspace, or of adapters, r"""
     scale: float | None = None
@@ -127,6 +129,7 @@ class FinetuneOptimConfig(OptimConfig):
 
     def __post_init__(self) -> None:
         check_whole("optim.rank", self.rank, minimum=1)
+        check_number("optim.head_lr", self.head_lr, above=0, optional=True)
         if self.scale is None:  # arXiv 2403.03507, Table 7
             self.scale = SCALES.get(self.preset, 16 / self.rank)
         super().__post_init__()

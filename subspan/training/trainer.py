@@ -84,10 +84,15 @@ def groups_of(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
 
 
 def make_optimizer(
-    model: nn.Module, optim: OptimConfig, seed: int, stagger: int | None = None, **more: Any
+    model: nn.Module,
+    optim: OptimConfig,
+    seed: int,
+    stagger: int | None = None,
+    groups: list[dict[str, Any]] | None = None,
+    **more: Any,
 ) -> ProjectedOptimizer:
     """The same by parts. stagger: steps within which every random first basis is replaced; None: the optimizer's own way.
-    more: for the optimizer."""
+    groups: None: `groups_of(model, optim)`. more: for the optimizer."""
     assert optim.gradients is not None
     given: dict[str, Any] = {
         "betas": tuple(optim.betas) if optim.betas else None,
@@ -101,7 +106,7 @@ def make_optimizer(
         "max_grad_norm": optim.max_grad_norm or None,
     }
     return PRESETS[optim.preset](
-        groups_of(model, optim),
+        groups_of(model, optim) if groups is None else groups,
         optim.lr,
         weight_decay=optim.weight_decay,
         refresh=Refresh(
