@@ -6,7 +6,7 @@
 MODEL: folder of all-MiniLM-L6-v2. TASKS: folder with CoLA, MRPC, RTE, SST-2 and Banking77, TASK/train.jsonl and dev or test.
 
 1. A fixed part of the training rows of each task; its last fifth is held out, and learning rates are judged on it, one seed,
-   last epoch, that of matrices and that of the rest: from a start to the better neighbour in 1, 3, 10, ..., until none is better.
+   last epoch, that of matrices and that of the head: from a start to the better neighbour in 1, 3, 10, ..., until none is better.
 2. The best rate with fresh seeds on the whole part, judged on the task's own validation rows.
 
 Every run leaves results/KEY.json beside this file; what is there is not run again, so an interrupted grid goes on where it was,
@@ -39,8 +39,10 @@ from grid import beside, walk
 
 RESULTS = Path(__file__).with_name("results")
 SEARCH_SEED = 0
-HEAD_RATE = 0.001
-"""Of all but matrices, where its search starts: a new head learns at it, and matrices of full fine-tuning break at it."""
+HEAD_RATE = 0.01
+"""Where the search for that of the head starts: pretrained matrices of full fine-tuning break at a tenth of it."""
+REST_RATE = 0.001
+"""Of embeddings and norms, where they are trained."""
 EPOCHS, BATCH, MAX_LENGTH = 3, 16, 64
 
 
@@ -69,7 +71,6 @@ class Method:
     rate: float | str
     optim: dict[str, Any]
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    head: float = HEAD_RATE
 
 
 def _galore(rank: int, rate: float | str) -> Method:
@@ -78,7 +79,7 @@ def _galore(rank: int, rate: float | str) -> Method:
 
 def _lora(rank: int, rate: float | str) -> Method:
     model = {"baseline": "lora", "lora_alpha": 2.0 * rank}
-    return Method(f"LoRA r = {rank}", rate, {"preset": "adamw", "rank": rank}, model, head=0.01)
+    return Method(f"LoRA r = {rank}", rate, {"preset": "adamw", "rank": rank}, model)
 
 
 METHODS: dict[str, Method] = {
@@ -92,7 +93,7 @@ METHODS: dict[str, Method] = {
 
 
 def neighbours(pair: tuple[float, float]) -> list[tuple[float, float]]:
-    """Pairs of rates that differ from `pair` in one."""
+    """Pairs of rates, of matrices and of the head, that differ from `pair` in one."""
     lr, head = pair
     return [*((rate, head) for rate in beside(lr)), *((lr, rate) for rate in beside(head))]
 
@@ -126,7 +127,7 @@ def result_of(
     """The result of a run: from its file, or by running it. Seed SEARCH_SEED is a run of the search."""
     search = seed == SEARCH_SEED
     lr, head = rates
-    key = "_".join([task, name, f"{lr:g}", *([] if head == HEAD_RATE else [f"{head:g}"]), str(seed)])
+    key = f"{task}_{name}_{lr:g}_{head:g}_{seed}"
     file = RESULTS / f"{key}.json"
     if not file.exists():
         method, folder = METHODS[name], out / key
@@ -140,7 +141,7 @@ def result_of(
                 max_valid_rows=None if search else PARTS[task].valid,
                 max_length=MAX_LENGTH,
             ),
-            FinetuneOptimConfig(lr=lr, dense_lr=head, **method.optim),
+            FinetuneOptimConfig(lr=lr, dense_lr=REST_RATE, head_lr=head, **method.optim),
             FinetuneRunConfig(
                 out=str(folder),
                 epochs=EPOCHS,
@@ -223,8 +224,7 @@ def main(
                 result = result_of(searched, task, rates, SEARCH_SEED, model, files, Path(out), threads)
                 return -float(result["last"][result["metrics"][0]])
 
-            method = METHODS[searched]
-            rates = walk((float(rate), method.head), neighbours, error)
+            rates = walk((float(rate), HEAD_RATE), neighbours, error)
             for seed in [] if search_only else seeds or PARTS[task].seeds:
                 result_of(name, task, rates, seed, model, files, Path(out), threads)
 
