@@ -40,7 +40,7 @@ from subspan.extras import require
 from subspan.memory import GIB, MemoryTable, count_memory
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.presets import FULL_GRADIENT, FULL_RANK
-from subspan.optim.quant import quantize
+from subspan.optim.quant import init_basis, quantize, write_basis
 from subspan.simulation import Cost, Phase, PhaseName, Trace, put_together, watch_passes, watch_update
 from subspan.traffic import Payload
 from subspan.training.baselines import add_baseline
@@ -227,6 +227,7 @@ class Planner:
         # Tables that quantizing keeps for later must not be made of fake tensors.
         for bits, signed in ((8, True), (8, False), (4, True), (4, False)):
             quantize(torch.zeros(2, 2), bits, signed, 2)  # type: ignore[arg-type]
+        write_basis(init_basis((2, 2), "cpu"), torch.zeros(2, 2))
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._models: dict[str, nn.Module] = {}
         self._fakes: dict[str, nn.Module] = {}

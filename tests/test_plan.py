@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -453,6 +455,20 @@ def test_a_recipe_is_planned_and_a_run_says_what_was_planned(
     assert plan["parameters"] == 2 * 300 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
     assert run(*words) == 0
     assert re.search(r"memory  planned 0\.\d+ GiB of tensors at most, in \w+; measured \d", capsys.readouterr().out)
+
+
+def test_a_plan_leaves_4_bit_bases_as_they_are(tmp_path: Path) -> None:
+    """In a process of its own: what quantizing keeps for later must not be made of the planner's fake tensors."""
+    code = (
+        "import torch; from tiny import tiny_config; from pathlib import Path; from subspan.plan import plan_memory; "
+        "from subspan.optim.quant import init_basis, read_basis, write_basis; "
+        f"plan_memory(tiny_config(Path({str(tmp_path)!r}), optim={{'preset': 'qgalore'}}), 300); "
+        "state = init_basis((8, 4), 'cpu'); Q = torch.linalg.qr(torch.randn(8, 4)).Q; write_basis(state, Q); "
+        "print(float((read_basis(state, 4, torch.float32) - Q).abs().max()))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert found.returncode == 0, found.stderr
+    assert float(found.stdout) < 0.2
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
