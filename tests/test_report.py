@@ -554,12 +554,11 @@ def test_keys_reach_everything(browser: Any, pages: dict[str, Path]) -> None:
     page.context.close()
 
 
-def test_a_page_of_100_000_steps_stays_fluid(browser: Any, long_page: Path) -> None:
+def test_a_page_of_100_000_steps_draws_no_more_than_it_must(browser: Any, long_page: Path) -> None:
+    """So it stays fluid: a tenth of a second for a zoom, on a machine that has nothing else to do."""
     page = opened(browser, long_page)
-    zoom = """async () => {
-        const start = performance.now();
-        await Plotly.relayout("loss", {"xaxis.range": [1e6, 2e6]});
-        return performance.now() - start;
-    }"""
-    assert page.evaluate(zoom) < 1000  # a tenth of that on a machine that has nothing else to do
+    page.evaluate("Plotly.relayout('loss', {'xaxis.range': [1e6, 2e6]})")
+    points = page.evaluate("loss.data.map(trace => trace.x.length)")
+    assert max(points) <= POINTS
+    assert page.complaints == []
     page.context.close()
