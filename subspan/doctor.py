@@ -79,7 +79,7 @@ def advise(found: dict[str, Any]) -> list[str]:
         )
     if found["compiler"] is None:
         lines.append(
-            "no C++ compiler: torch.compile cannot work on the CPU, --optim.compile stays eager: install g++ or clang++"
+            "no C++ compiler: torch.compile cannot work on the CPU, --optim.compile stays eager: install g++, or name one in CXX"
         )
     if len(found["devices"]) > 1 and not found["triton"]:
         lines.append("no triton: torch.compile cannot work on the accelerator, --optim.compile stays eager")
@@ -102,12 +102,9 @@ def describe(found: dict[str, Any]) -> str:
         speeds = [
             f"{name} {speed / 1e9:,.1f}" for name in ("float32", "bfloat16") if (speed := device[name]) is not None
         ]
-        rows.append(
-            (
-                device["device"],
-                f"{device['name']}, {free} of {total} GiB free, {', '.join(speeds)} GFLOP/s (small products)",
-            )
-        )
+        each = " a thread" if device["device"] == "cpu" else ""
+        text = f"{device['name']}, {free} of {total} GiB free, {', '.join(speeds)} GFLOP/s{each}"
+        rows.append((device["device"], text))
     rows.append(("compiler", f"{found['compiler'] or 'none'}{', triton' if found['triton'] else ''}"))
     rows.append(("processes", ", ".join(found["backends"]) or "torch.distributed is not there"))
     there = {name: version for packages in found["extras"].values() for name, version in packages.items() if version}
@@ -143,7 +140,10 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _speed(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations a second of a product, the best of three; None where there is none in this dtype."""
+    """Operations a second of a product, the best of three, on one thread of a CPU: more would wait for a core that is busy.
+    None where there is none in this dtype."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         A = torch.ones(SIDE, SIDE, device=device, dtype=dtype)
         seconds = []
@@ -153,6 +153,8 @@ def _speed(device: torch.device, dtype: torch.dtype) -> float | None:
             seconds.append(time.perf_counter() - begin)
     except RuntimeError:
         return None
+    finally:
+        torch.set_num_threads(threads)
     return 2 * SIDE**3 / min(seconds[1:])
 
 
@@ -174,8 +176,8 @@ def _host_memory() -> int | None:
 
 
 def _compiler() -> str | None:
-    """The C++ compiler that torch.compile would take."""
-    names = [os.environ.get("CXX"), "g++", "clang++"]
+    """The C++ compiler that torch.compile takes."""
+    names = [os.environ.get("CXX"), "clang++" if platform.system() == "Darwin" else "g++"]
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 

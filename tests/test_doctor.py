@@ -51,7 +51,7 @@ def test_a_machine_with_everything_needs_no_advice() -> None:
         ({"devices": [CPU, {**GPU, "bfloat16": None}]}, "Some GPU has no bfloat16: train with --model.dtype float32"),
         ({"devices": [CPU]}, "no accelerator"),
         ({"threads": 1}, "OMP_NUM_THREADS=8"),
-        ({"compiler": None}, "install g\\+\\+ or clang\\+\\+"),
+        ({"compiler": None}, "install g\\+\\+, or name one in CXX"),
         ({"triton": False}, "no triton"),
         (
             {"extras": {"train": {"rich": None, "yaml": None, "numpy": "2"}}},
