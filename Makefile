@@ -18,7 +18,7 @@ quickstart: .venv/.train
 	$(BIN)/subspan train --config recipes/quickstart.yaml --run.out runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .
