@@ -21,7 +21,8 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 RESULTS = ("reproductions", "benchmarks")
 
-LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+LINK = re.compile(r"(!?)\[((?:!\[[^\]]*\]\([^)\s]+\)|[^\]\[])*)\]\(([^)\s]+)\)")
+"""An image or a link, whose text may hold an image."""
 ARGUMENT = re.compile(r"\n\s*(?=[a-z_]+(=[^:\n]{1,30}|(, [a-z_]+)+)?: )")
 SECTION = re.compile(r"^\[[^\]]*\]\(\.\./README\.md#([\w-]+)\)$")
 
@@ -87,9 +88,10 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
 def _link(link: re.Match[str], here: str, source: str, repo_url: str | None) -> str:
     """A link as it stands in the file `here` of the repository, for the page made from `source`."""
     image, text, target = link.groups()
+    text = LINK.sub(lambda inner: _link(inner, here, source, repo_url), text)
     path, _, anchor = target.partition("#")
     if ":" in target or not path:  # to the web, or within the page
-        return link[0]
+        return f"{image}[{text}]({target})"
     there = posixpath.normpath(posixpath.join(posixpath.dirname(here), path))
     if not (ROOT / there).exists():
         return link[0]
