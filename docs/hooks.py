@@ -97,7 +97,7 @@ def _link(link: re.Match[str], here: str, source: str, repo_url: str | None) -> 
         return link[0]
     if there.startswith(RESULTS) and (ROOT / there / "README.md").is_file():
         there += "/README.md"
-    on_site = there.startswith("docs/") and there.endswith(".md")
+    on_site = there.startswith("docs/") and there.endswith((".md", ".png"))
     if on_site or (there.startswith(RESULTS) and there.endswith(("README.md", ".png"))):
         page = os.path.relpath(there.removeprefix("docs/"), posixpath.dirname(source) or ".")
         return f"{image}[{text}]({page}{'#' if anchor else ''}{anchor})"
