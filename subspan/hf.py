@@ -21,6 +21,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ from subspan.optim.int8 import Int8Weight
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.plan import MemoryPlan, planned_and_measured
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from subspan.training.evaluation import EvalResult
 from subspan.training.runlog import json_ready, lines_until
 from subspan.training.trainer import describe_device, make_optimizer, versions
 
@@ -198,7 +200,9 @@ class SubspanCallback(TrainerCallback):
     def __init__(self, diagnostics: bool = False) -> None:
         self.diagnostics = diagnostics
         self.tokens = 0
+        self.seconds = 0.0  # of steps: evaluations and checkpoints are not counted, as in `subspan train`
         self.largest = (0, 0)  # micro-batch: sequences, tokens of each
+        self.undo = ExitStack()
 
     def on_train_begin(
         self,
@@ -216,30 +220,38 @@ class SubspanCallback(TrainerCallback):
                 "give Trainer optimizer_cls_and_kwargs=subspan.hf.optimizer(args, ...)"
             )
         clip_in_optimizer()
+        self.undo.close()  # of a training that has ended with an error
         self.model, self.optimizer, self.first = model, own, state.is_world_process_zero
         self.processes = args.world_size
         self.memory: MemoryTable = count_memory(model, own)
         self.watch = Diagnostics(own, model) if self.diagnostics else None
         if self.watch:
-            _before_prepare(own, self.watch.before)
-        self.hook = model.register_forward_pre_hook(self._saw, with_kwargs=True)
+            self.undo.callback(_before_prepare(own, self.watch.before))
+        self.undo.callback(model.register_forward_pre_hook(self._saw, with_kwargs=True).remove)
         self.out = Path(str(args.output_dir))
         self.path = self.out / "metrics.jsonl"
         before = lines_until(self.path, state.global_step, state.global_step) if self.path.is_file() else []
         before = before if state.global_step else []  # of another run
         rows = [json.loads(line) for line in before]
         self.tokens = max((row.get("tokens", 0) for row in rows), default=0)
-        self.begin = time.perf_counter() - max((row.get("seconds", 0.0) for row in rows), default=0.0)
-        self.at_log = (self.tokens, time.perf_counter())
+        self.seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
+        self.at_log = (self.tokens, self.seconds)
         if not self.first:
             return
         self.out.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(before), encoding="utf-8")
+        (self.out / "summary.json").unlink(missing_ok=True)  # this run has not finished
         config = _CONFIGS.get(own)  # none of an optimizer that Trainer was given ready
         settings = {"optim": config and asdict(config), "arguments": args.to_sanitized_dict()}
         (self.out / "trainer.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         peaks = [{**group, "lr": group.get("initial_lr", group["lr"])} for group in own.param_groups]  # before warm-up
         print(f"{describe_groups(peaks)}\n\nmemory, without activations\n{self.memory}\n", flush=True)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.seconds += time.perf_counter() - self.begin
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -258,17 +270,17 @@ class SubspanCallback(TrainerCallback):
     ) -> None:
         if not logs or "loss" not in logs:
             return
-        now, (tokens, since) = time.perf_counter(), self.at_log
-        self.at_log = (self.tokens, now)
+        tokens, since = self.at_log
+        self.at_log = (self.tokens, self.seconds)
         named = {"loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm"}
         self._write(
             {
                 "step": state.global_step,
                 "tokens": self.tokens,
                 **{name: logs[theirs] for name, theirs in named.items() if theirs in logs},
-                "tokens_per_second": (self.tokens - tokens) / (now - since),
+                "tokens_per_second": (self.tokens - tokens) / (self.seconds - since),
                 "peak_memory_bytes": peak_memory(args.device),
-                "seconds": now - self.begin,
+                "seconds": self.seconds,
             }
         )
 
@@ -282,15 +294,13 @@ class SubspanCallback(TrainerCallback):
     ) -> None:
         loss = (metrics or {}).get("eval_loss")
         if loss is not None and hasattr(self, "path"):  # not by evaluate() alone, before any training
-            perplexity = math.exp(loss) if loss < 700 else math.inf
+            perplexity = EvalResult(loss, tokens=0).perplexity
             self._write(
                 {"step": state.global_step, "tokens": self.tokens, "valid_loss": loss, "perplexity": perplexity}
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.hook.remove()
-        if self.watch:
-            del self.optimizer.prepare
+        self.undo.close()
         if not self.first:
             return
         peak, device = peak_memory(args.device), describe_device(args.device)
@@ -298,7 +308,7 @@ class SubspanCallback(TrainerCallback):
         summary = {
             "steps": state.global_step,
             "tokens": self.tokens,
-            "seconds": time.perf_counter() - self.begin,
+            "seconds": self.seconds,
             "refresh_seconds": self.optimizer.refresh_seconds,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "bytes": asdict(self.memory),
@@ -351,8 +361,9 @@ class SubspanCallback(TrainerCallback):
                 file.write(json.dumps(json_ready(row)) + "\n")
 
 
-def _before_prepare(optimizer: ProjectedOptimizer, look: Callable[[], None]) -> None:
-    """Have `look` called before each `prepare()` of this optimizer, which refreshes bases: Trainer has no event there."""
+def _before_prepare(optimizer: ProjectedOptimizer, look: Callable[[], None]) -> Callable[[], None]:
+    """Have `look` called before each `prepare()` of this optimizer, which refreshes bases: Trainer has no event there. Returns
+    what ends that."""
     prepare = optimizer.prepare
 
     def looked(loss: Tensor | None = None) -> Tensor:
@@ -360,3 +371,4 @@ def _before_prepare(optimizer: ProjectedOptimizer, look: Callable[[], None]) -> 
         return prepare(loss)
 
     optimizer.prepare = looked  # type: ignore[method-assign]
+    return lambda: delattr(optimizer, "prepare")

@@ -22,7 +22,7 @@ import subspan.hf
 from subspan.optim.presets import PRESETS
 from subspan.optim.refresh import Refresh
 from subspan.report.page import plan_runs
-from subspan.report.runs import read_runs
+from subspan.report.runs import durations, read_runs
 
 SIZES = {
     "vocab_size": 64,
@@ -243,6 +243,27 @@ def test_the_log_of_a_run_that_goes_on_is_one_log(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["tokens"] for row in rows] == [128, 256, 384, 512, 640]
+
+
+def test_a_training_that_ended_with_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Stops(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    watch = subspan.hf.SubspanCallback(diagnostics=True)
+    trained(tmp_path, watch, max_steps=1)
+    broken = trainer(arguments(tmp_path, logging_steps=2, max_steps=4), watch, Stops())
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    (run,) = read_runs([tmp_path])
+    assert run.status != "finished"  # the summary of the run before is gone
+    broken.pop_callback(Stops)
+    broken.train()
+    (run,) = read_runs([tmp_path])
+    assert [row["tokens"] for row in run.steps] == [256, 512]  # each counted once
+    seconds = [row["seconds"] for row in run.steps]
+    assert durations(run) == pytest.approx([seconds[0] / 2, (seconds[1] - seconds[0]) / 2])
 
 
 def test_the_callback_wants_an_optimizer_of_subspan(tmp_path: Path) -> None:

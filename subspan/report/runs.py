@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -217,10 +218,12 @@ def smooth(values: Sequence[float | None]) -> list[float | None]:
 
 
 def durations(run: Run) -> list[float | None]:
-    """Seconds of each step."""
-    times = [number(row, "seconds") for row in run.steps]
-    pairs = zip([0.0, *times], times, strict=False)
-    return [now - before if now is not None and before is not None and now >= before else None for before, now in pairs]
+    """Seconds of a step, at each row: the mean over those since the row before, for a log may leave steps out."""
+    rows = [(0, 0.0), *((row["step"], number(row, "seconds")) for row in run.steps)]
+    return [
+        (now - before) / (step - last) if None not in (now, before) and now >= before and step > last else None  # type: ignore[operator]
+        for (last, before), (step, now) in pairwise(rows)
+    ]
 
 
 def drift(run: Run, cells: int) -> dict[str, Any] | None:
