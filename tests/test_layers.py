@@ -64,6 +64,7 @@ LAYERS = {
     "report.figures": 5,
     "report.page": 5,
     "report.runs": 5,
+    "report.tables": 5,
 }
 # Presets are the optimizer with a rule; the optimizer, cut in two for length, reads groups and owns its hooks, which know its
 # type, and both go through weights by update's parts, which sweep does the arithmetic of; shards say which part of a parameter is
@@ -125,6 +126,9 @@ SIBLINGS = {
     ("report.page", "cluster"),
     ("report.page", "report.figures"),
     ("report.page", "report.runs"),
+    ("report.page", "report.tables"),
+    ("report.tables", "report.figures"),
+    ("report.tables", "report.runs"),
     ("training.trainer", "training.resume"),
 }
 TORCH_ALONE = {
