@@ -18,6 +18,7 @@ KINDS = {
     "allgather": "gather",
     "all_gather": "gather",
     "broadcast": "copy",
+    "alltoall": "exchange",
 }
 """How the name of a collective of torch begins -> what it is called here."""
 
@@ -30,7 +31,8 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what collectives get inside it, by kind and by who takes part: `payload`.
 
     Of a sum: its result; of a scatter (reduce-scatter): what goes in; of a gather (all-gather): what comes out; of a copy
-    (broadcast): the tensor. RuntimeError for a collective that is not counted, point-to-point messages among them.
+    (broadcast): the tensor; of an exchange (all-to-all): what goes in. RuntimeError for a collective that is not counted,
+    point-to-point messages among them.
     """
 
     def __init__(self) -> None:
@@ -82,4 +84,4 @@ def _group(x: Any) -> dist.ProcessGroup | None:
 def sent(kind: str, payload: int, count: int) -> float:
     """Bytes that each of `count` processes sends for a collective in a ring (as NCCL's documentation counts bus bandwidth)."""
     share = (count - 1) / count
-    return payload * {"sum": 2 * share, "scatter": share, "gather": share, "copy": share}[kind]
+    return payload * {"sum": 2 * share, "scatter": share, "gather": share, "copy": share, "exchange": share}[kind]

@@ -168,7 +168,8 @@ def test_muon_makes_momentum_nearly_orthogonal(shape, nesterov):
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 @pytest.mark.parametrize("match_adam", [True, False])
-def test_muon_is_torchs_up_to_its_bfloat16(shape, match_adam):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_is_torchs_up_to_its_bfloat16(shape, match_adam, dtype):
     p = torch.nn.Parameter(torch.zeros(shape))
     theirs = torch.optim.Muon(
         [p], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw" if match_adam else "original"
@@ -176,9 +177,12 @@ def test_muon_is_torchs_up_to_its_bfloat16(shape, match_adam):
     rule = Muon(match_adam=match_adam)
     state, ours = rule.init(p.detach()), torch.zeros(shape)
     for seed in range(3):
-        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        R = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        p.grad = R.float()
         theirs.step()
-        ours -= rule.update(p.grad, state, torch.tensor(seed + 1.0))
+        U = rule.update(R, state, torch.tensor(seed + 1.0))
+        assert U.dtype == dtype
+        ours -= U
     assert (ours - p.detach()).norm() < 0.02 * p.detach().norm()
 
 

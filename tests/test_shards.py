@@ -21,7 +21,8 @@ from subspan.optim.groups import param_groups
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.projectors import SVD, Random, RandomizedSVD
 from subspan.optim.refresh import Refresh
-from subspan.optim.rules import Adafactor, Adam, ColumnNorm, Lion, Muon, SGDMomentum
+from subspan.optim.rules import Adafactor, Adam, ColumnNorm, Lion, Muon, SGDMomentum, orthogonalize
+from subspan.optim.shards import Shards
 
 RANK, GAP, STEPS = 32, 2, 6  # three refreshes
 HIDDEN, WIDE = 64, 132  # WIDE / 4 = 33 columns a process
@@ -37,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "adafactor": {"rule": Adafactor()},
     "muon": {"rule": Muon(), "dense_rule": Adam()},
     "muon, int8": {"rule": Muon(), "dense_rule": Adam(), "state_dtype": torch.int8},
+    "muon, full rank": {"rule": Muon(), "dense_rule": Adam()},
     "column norm": {"rule": ColumnNorm(), "dense_rule": SGDMomentum()},
     "lion": {"rule": Lion()},
     "fira": {"combine": Fira()},
@@ -47,8 +49,8 @@ CASES: dict[str, dict[str, Any]] = {
     "randomized svd": {"projector": RandomizedSVD()},
     "random": {"projector": Random()},
 }
-AXES = {"k": (1, 0), "d": (0, 1)}
-"""Of `Net.down` and `Net.up`: which dimension is cut, so that both matrices are along k, or along d."""
+AXES = {"k": (1, 0), "d": (0, 1), "rows": (0, 0)}
+"""Of `Net.down` and `Net.up`: which dimension is cut, so that both matrices are along k, or along d; or FSDP2's default."""
 
 
 class Experts(nn.Module):
@@ -77,11 +79,10 @@ class Net(nn.Module):
         return self.head(X + self.experts(X))
 
 
-def groups_of(net: nn.Module) -> list[dict[str, Any]]:
+def groups_of(net: nn.Module, rank: int | None = RANK) -> list[dict[str, Any]]:
     targets = ["up.weight", "down.weight", "experts.weight"]
-    return param_groups(
-        net, rank=RANK, update_proj_gap=GAP, targets=targets, views={"experts.weight": "batch"}, verbose=False
-    )
+    views = {"experts.weight": "batch"}
+    return param_groups(net, rank=rank, update_proj_gap=GAP, targets=targets, views=views, verbose=False)
 
 
 def fit(case: str, count: int, axis: str, replicas: int = 1) -> dict[str, Any]:
@@ -96,7 +97,9 @@ def fit(case: str, count: int, axis: str, replicas: int = 1) -> dict[str, Any]:
             mesh=init_device_mesh("cpu", shape, mesh_dim_names=names),
             shard_placement_fn=lambda p: Shard(dims[p]) if p in dims else None,
         )
-    optimizer = ProjectedOptimizer(groups_of(net), lr=0.003, weight_decay=0.1, **CASES[case])
+    optimizer = ProjectedOptimizer(
+        groups_of(net, None if "full rank" in case else RANK), lr=0.003, weight_decay=0.1, **CASES[case]
+    )
     parts, rank = max(count * replicas, 1), dist.get_rank() if count else 0
     micro_batches = 2 if CASES[case].get("gradients") == "project" else 1
     generator = torch.Generator().manual_seed(1)
@@ -140,6 +143,7 @@ def here(X: Tensor) -> Tensor:
 def worker(rank: int, count: int, file: str, layouts: dict[int, list[tuple[str, str]]], check: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count)
+    check_orthogonal(count)
     if check:
         check_bits()
         check_errors_copies_and_loading()
@@ -168,8 +172,9 @@ def alone(case: str) -> dict[str, Any]:
 
 
 ALONG_D = ("project", "int8", "muon", "fira", "transport", "svd")
-TWO = [*((case, "k") for case in CASES), *((case, "d") for case in ALONG_D)]
-FOUR = [("project", "k"), ("int8", "k"), ("muon", "d"), ("fira", "d")]
+FULL_RANK = ("muon, full rank", "rows")
+TWO = [*((case, "k") for case in CASES if case != FULL_RANK[0]), *((case, "d") for case in ALONG_D), FULL_RANK]
+FOUR = [("project", "k"), ("int8", "k"), ("muon", "d"), ("fira", "d"), FULL_RANK]
 ATOL = {"int8": 2e-4, "int4, project": 2e-4, "muon, int8": 2e-4, "frugal": 1e-4}
 """Where rounding may choose another code, or the sign of a residual near 0: of weights after 6 steps of 0.003."""
 
@@ -231,6 +236,19 @@ def test_moments_are_shared_out_and_bases_are_not(two: dict[str, Any], four: dic
         many = found[f"{case}, k, 1"]["bytes"]
         assert [many[key] * count for key in moments] == [one[key] for key in moments]
         assert [many[key] for key in bases] == [one[key] for key in bases]
+
+
+def check_orthogonal(count: int) -> None:
+    """Parts of any size, empty ones too, become what the whole would."""
+    mesh = init_device_mesh("cpu", (count,))
+    for shape in ((5, 13), (13, 5), (6, 6), (1, 7), (2, 5, 9)):
+        X = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        U = orthogonalize(X)
+        for axis, dim in (("rows", 0), ("k", len(shape) - 1)):
+            shards = Shards(mesh, 0, axis, shape[0], *shape[-2:])
+            start, length = shards.mine(shape[dim])
+            part = orthogonalize(X.narrow(dim, start, length), shards)
+            torch.testing.assert_close(part, U.narrow(dim, start, length), msg=lambda text, s=shape: f"{s}: {text}")
 
 
 def check_bits() -> None:

@@ -43,7 +43,7 @@ from subspan.training.trainer import build_optimizer, groups_of
 HERE = Path(__file__).parent
 MIB = 2**20
 GAP, VOCABULARY, TOKENS, SEQUENCES = 3, 2048, 256, 2
-CHANNELS = ("gather", "scatter", "sum", "copy")
+CHANNELS = ("gather", "scatter", "sum", "copy", "exchange")
 
 
 @dataclass(frozen=True)

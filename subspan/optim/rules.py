@@ -2,7 +2,8 @@
 
 A rule is a frozen dataclass of hyperparameters. It never sees the learning rate, the weight decay, the weight or the
 basis, and it cannot tell a projected parameter from a dense one: R is (r, k) for the first and the gradient itself, of any
-shape, for the second. All arithmetic is fp32 (fp64 for fp64 gradients); state keeps the dtype it was created with.
+shape, for the second. All arithmetic is fp32 (fp64 for fp64 gradients), but for Muon's products of bf16 gradients; state keeps
+the dtype it was created with.
 
 References
     Adam        Kingma and Ba, arXiv 1412.6980; AdamW, arXiv 1711.05101
@@ -50,13 +51,22 @@ class Rule(Protocol):
         ...
 
     def update(self, R: Tensor, state: State, step: Any, use: Tensor | None = None) -> Tensor:
-        """The direction U, of R's shape, fp32; changes `state` in place, leaves R alone.
+        """The direction U, of R's shape, fp32 (Muon: of its products); changes `state` in place, leaves R alone.
 
         `step`: 0-d float tensor, 1 at the first update, or what `at` made of it. The weight then moves by -lr * U.
         `use`: 0-d bool tensor on R's device. If it is False, `state` stays as it is and U means nothing: a gradient is left out
         without the host knowing. R is zero then.
         """
         ...
+
+
+class Parts(Protocol):
+    """How matrices lie on several processes, each of which has a part of them: `shards.Shards`."""
+
+    def matrix(self, X: Tensor) -> tuple[int, int, int | None]: ...
+    def turn(self, X: Tensor, dim: int, size: int) -> Tensor: ...
+    def norm(self, norms: Tensor) -> Tensor: ...
+    def sum(self, X: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -287,14 +297,15 @@ class SignSGD:
 
 @dataclass(frozen=True)
 class Muon:
-    """U = the orthogonal matrix nearest to momentum, about: five steps of Newton and Schulz' iteration, as in torch.optim.Muon,
-    but in fp32.
+    """U = the orthogonal matrix nearest to momentum, about: five steps of Newton and Schulz' iteration, as in torch.optim.Muon.
 
         buf <- momentum buf + (1 - momentum) R;  B = (1 - momentum) R + momentum buf with nesterov, or buf
         X = B / ||B||;  five times X <- a X + (b X X^T + c (X X^T)^2) X;  U = X max(1, m / n)^(1/2)
 
     match_adam: U = 0.2 max(m, n)^(1/2) X instead, of the length of Adam's steps, so that its learning rates fit (arXiv
         2502.16982).
+    The products are in bf16 for bf16 gradients, as torch.optim.Muon's always are; in fp32 otherwise, where
+    torch.set_float32_matmul_precision("high") lets a GPU take its fast ones.
     For matrices and batches of them (..., m, n); vectors need another rule.
     """
 
@@ -313,14 +324,20 @@ class Muon:
             raise ValueError(f"Muon cannot step a parameter of shape {tuple(R.shape)}: set dense_rule=Adam()")
         return {"momentum_buffer": torch.zeros_like(R)}
 
-    def update(self, R: Tensor, state: State, step: Tensor, use: Tensor | None = None) -> Tensor:
+    def update(
+        self, R: Tensor, state: State, step: Tensor, use: Tensor | None = None, shards: Parts | None = None
+    ) -> Tensor:
+        """`shards`: R and the momentum are parts of matrices that lie on several processes, and so is U (shards.py)."""
+        fast = R.dtype == torch.bfloat16
         R = _compute(R)
         buf = state["momentum_buffer"].to(R.dtype)
         buf.lerp_(R, _if(use, 1 - self.momentum, 0.0, R))
         state["momentum_buffer"].copy_(buf)
         X = torch.lerp(R, buf, self.momentum) if self.nesterov else buf.clone()
-        m, n = X.shape[-2:]
-        return orthogonalize(X).mul_(0.2 * math.sqrt(max(m, n)) if self.match_adam else math.sqrt(max(1.0, m / n)))
+        m, n = X.shape[-2:] if shards is None else shards.matrix(X)[:2]
+        return orthogonalize(X.bfloat16() if fast else X, shards).mul_(
+            0.2 * math.sqrt(max(m, n)) if self.match_adam else math.sqrt(max(1.0, m / n))
+        )
 
     def transport(self, state: State, C: Tensor, step: int) -> None:
         """buf <- C buf."""
@@ -372,21 +389,31 @@ class ColumnNorm:
             _turn(state["momentum_buffer"], C)
 
 
-def orthogonalize(X: Tensor) -> Tensor:
+def orthogonalize(X: Tensor, shards: Parts | None = None) -> Tensor:
     """U V^T of X = U S V^T (..., m, n), with singular values only near 1 (0.7 to 1.2, unless they are tiny beside the largest).
 
     Newton and Schulz' iteration as in `Muon`, in X's dtype, no decomposition. A zero matrix stays zero.
+
+    shards: X is one part of a matrix, and so is what is returned. Parts along the longer dimension share out the products that
+        have it, and sum X X^T; others become such parts, and are turned back at the end.
     """
-    m, n = X.shape[-2:]
     if X.ndim > 3:
-        return orthogonalize(X.flatten(0, -3)).reshape(X.shape)
+        return orthogonalize(X.flatten(0, -3), shards).reshape(X.shape)
+    m, n, cut = (*X.shape[-2:], None) if shards is None else shards.matrix(X)
+    shards, wide = shards if cut is not None else None, m <= n
+    turned = shards is not None and cut != wide
+    if shards is not None and turned:
+        X = shards.turn(X, int(not wide), m if wide else n)
     product = torch.addmm if X.ndim == 2 else torch.baddbmm  # with a sum: one matrix of X's size is made, not three
-    X = X if m <= n else X.mT
-    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-7)
+    X = X if wide else X.mT
+    norm = torch.linalg.matrix_norm(X, keepdim=True)
+    X = X / (norm if shards is None else shards.norm(norm)).clamp_min(1e-7)
     for _ in range(5):
         A = X @ X.mT
+        A = A if shards is None else shards.sum(A)
         X = product(X, product(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
-    return X if m <= n else X.mT
+    X = X if wide else X.mT
+    return shards.turn(X, int(wide), n if wide else m) if shards is not None and turned else X
 
 
 def _turn(moment: Tensor, C: Tensor) -> None:

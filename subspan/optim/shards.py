@@ -7,7 +7,8 @@ Seen as A (d, k) (projectors.py), a sharded matrix is cut along one of
     batch   whole matrices of a batch, basis and all: everything is local
     rows    the first dimension of a dense parameter: everything is local
 
-Norms are sums over processes everywhere. A rule that sees a whole matrix (Adafactor, Muon) gets it gathered.
+Norms are sums over processes everywhere. Muon's products are shared out (rules.py); another rule that sees a whole matrix
+(Adafactor) gets it gathered.
 """
 
 from __future__ import annotations
@@ -53,9 +54,14 @@ class Shards:
 
     def mine(self, size: int) -> tuple[int, int]:
         """(start, length) of this process' part of an axis of `size`, cut as torch.chunk and DTensor do."""
-        length = -(-size // self.mesh.size(self.dim))
-        start = min(self.index * length, size)
-        return start, min(length, size - start)
+        lengths = self._lengths(size)
+        return sum(lengths[: self.index]), lengths[self.index]
+
+    def _lengths(self, size: int) -> list[int]:
+        """Of the parts of all processes."""
+        count = self.mesh.size(self.dim)
+        length = -(-size // count)
+        return [max(0, min(length, size - i * length)) for i in range(count)]
 
     def norm(self, norms: Tensor) -> Tensor:
         """Norms of the whole, from norms of the parts."""
@@ -98,7 +104,33 @@ class Shards:
             X = largest(X, self.mesh.get_group(dim))
         return X
 
+    def sum(self, X: Tensor) -> Tensor:
+        """The sum of X over processes, in place."""
+        dist.all_reduce(X, group=self.mesh.get_group(self.dim))
+        return X
+
     # R, U and moments are cut by columns, or as a dense parameter or a batch is.
+
+    def matrix(self, X: Tensor) -> tuple[int, int, int | None]:
+        """m, n of the matrices of which X, like R, has parts, and which of the two is cut, 0 or 1; None: X has whole ones."""
+        m, n = X.shape[-2:]
+        if self.axis in ("k", "d"):
+            return m, self.columns, 1
+        return (self.size, n, 0) if X.ndim == 2 else (m, n, None)
+
+    def turn(self, X: Tensor, dim: int, size: int) -> Tensor:
+        """Parts along the other dimension of a matrix of which X is this process' part along `dim`, where it is `size` long."""
+        given, taken = self._lengths(X.shape[1 - dim]), self._lengths(size)
+        own = given[self.index]
+        pieces = [piece.flatten() for piece in torch.split(X, given, 1 - dim)]
+        counts = [own * length for length in taken]
+        flat = X.new_empty(sum(counts))
+        group = self.mesh.get_group(self.dim)
+        dist.all_to_all_single(flat, torch.cat(pieces), counts, [piece.numel() for piece in pieces], group=group)
+        shapes = [(length, own) if dim == 0 else (own, length) for length in taken]
+        return torch.cat(
+            [piece.view(shape) for piece, shape in zip(torch.split(flat, counts), shapes, strict=True)], dim
+        )
 
     def part(self, X: Tensor) -> Tensor:
         """This process' part of an X like R (..., r, k), or of a vector of its k columns: a view."""

@@ -26,7 +26,7 @@ from subspan.optim.marks import mark
 from subspan.optim.norms import parts_of, row_norms
 from subspan.optim.projectors import Side, orient, project_back
 from subspan.optim.quant import SIGNED, State, Store, stochastic_round
-from subspan.optim.rules import Rule
+from subspan.optim.rules import Muon, Rule
 from subspan.optim.sweep import compiled_sweep, sweep
 
 if TYPE_CHECKING:
@@ -160,6 +160,8 @@ def _update_whole(
     """`rule.update` of a rule that sees a whole matrix: of which R, and the moments that are large, are parts, if `shards`."""
     if shards is None:
         return rule.update(R, moments, step, use)
+    if isinstance(rule, Muon):
+        return rule.update(R, moments, step, use, shards)
     parts = [name for name in moments if name in SIGNED]
     gathered = {**moments, **{name: shards.gather(moments[name]) for name in parts}}
     U = rule.update(shards.gather(R), gathered, step, use)
