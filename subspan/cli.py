@@ -15,13 +15,23 @@ from typing import Any, NoReturn
 
 from subspan import __version__, doctor
 from subspan.extras import require
-from subspan.training.config import SECTIONS, DataConfig, ModelConfig, RunConfig, TrainConfig, load_config, make_config
+from subspan.training.config import (
+    FILLED_IN,
+    SECTIONS,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    as_given,
+    load_config,
+    make_config,
+)
 from subspan.training.finetune_config import FINETUNE_SECTIONS, FinetuneConfig
 
 EXPECTED = (argparse.ArgumentError, ValueError, OSError, ModuleNotFoundError, FloatingPointError)
 
-# Fields that a configuration fills in from others: a parser's defaults come from one that is filled in already.
-FILLED_IN = {"optim.scale": None, "optim.gradients": None}
+# A parser's defaults come from a configuration that is filled in already.
+NOT_FILLED_IN = {f"optim.{name}": None for name in FILLED_IN}
 
 # What only training needs, or what the evaluated text itself replaces.
 NOT_IN_EVAL = {"valid_files", "valid_fraction", "split", "vocab_size", "num_workers"}
@@ -172,7 +182,11 @@ def eval_command(config: TrainConfig | None, arguments: dict[str, Any]) -> None:
     if config and not Path(name).is_dir():
         raise ValueError(f"{run} holds no exported model: train with --run.export true")
     before = config.data if config else DataConfig()
-    data = dataclasses.replace(before, **arguments["data"])
+    given = arguments["data"]
+    files, dataset = (bool(given[name]) and given[name] != getattr(before, name) for name in ("files", "dataset"))
+    if files != dataset:  # one takes the place of the other
+        given |= {"dataset": None, "dataset_config": None} if files else {"files": None, "valid_files": None}
+    data = dataclasses.replace(before, **given)
     other_text = (data.files, data.dataset) != (before.files, before.dataset)
     if other_text and data.files:
         data = dataclasses.replace(data, valid_files=data.files)  # all of it is evaluated, nothing is held out
@@ -191,7 +205,8 @@ def eval_command(config: TrainConfig | None, arguments: dict[str, Any]) -> None:
         print(f"subspan: warning: the text is not the one that {run} was trained and evaluated on", file=sys.stderr)
     kind = "mean of batch means over N + 1, as published" if arguments["paper_compatible"] else "nats per token"
     print(f"  model            {name}")
-    print(f"  text             {text.description}{'' if other_text else ', the part held out'}")
+    part = "" if other_text else f", {data.valid_files}" if data.valid_files else ", the part held out"
+    print(f"  text             {text.description}{part}")
     print(f"  tokens           {result.tokens:,}")
     print(f"  validation loss  {result.loss:.4f} ({kind})")
     print(f"  perplexity       {result.perplexity:.2f}")
@@ -265,6 +280,7 @@ def plan_config(arguments: Any) -> tuple[TrainConfig, int | None]:
     Without a recipe: bfloat16, one sequence, and a rank of a quarter of the hidden size, as most of the paper's.
     """
     from subspan.cluster import layout
+    from subspan.plan import with_preset
     from subspan.training.models import LLAMA, model_config
 
     vocab_size = None
@@ -282,7 +298,9 @@ def plan_config(arguments: Any) -> tuple[TrainConfig, int | None]:
             "--model is missing: name a model, as in subspan plan --model llama-7b, or give a --config, or a --budget for which "
             "to find the largest model"
         )
+    optim = config.optim if arguments.preset is None else with_preset(config.optim, arguments.preset)
     sections: dict[str, Any] = {name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS}
+    sections |= {"optim": as_given(optim), "run": sections["run"] | {"diagnostics": False}}
     for name, (section, field) in PLAN_FIELDS.items():
         if arguments[name] is not None:
             sections[section][field] = arguments[name]
@@ -334,7 +352,7 @@ def _parsers() -> tuple[Any, Any]:
     )
     train.add_argument("--config", action="config", help="recipe to start from")
     train.add_class_arguments(TrainConfig)
-    train.set_defaults(FILLED_IN)
+    train.set_defaults(NOT_FILLED_IN)
 
     finetune = new(
         exit_on_error=False,
@@ -344,7 +362,7 @@ def _parsers() -> tuple[Any, Any]:
     )
     finetune.add_argument("--config", action="config", help="recipe to start from")
     finetune.add_class_arguments(FinetuneConfig)
-    finetune.set_defaults(FILLED_IN)
+    finetune.set_defaults(NOT_FILLED_IN)
 
     evaluate = new(
         exit_on_error=False,

@@ -331,29 +331,34 @@ class SubspanCallback(TrainerCallback):
 
     def _plan(self, args: TrainingArguments, peak: int, device: str) -> tuple[MemoryPlan | None, str]:
         """Planned memory beside measured, in words; of a causal language model, and after a step in this process."""
+        measured = f"measured {peak / 2**30:.3f} GiB"
         optim = _CONFIGS.get(self.optimizer)
         if optim is None or not math.prod(self.largest):
-            return None, f"measured {peak / 2**30:.3f} GiB"
+            return None, measured
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                config = self._config(args, optim, folder)
+            except Exception as error:  # a model that the planner does not know: the training is over and good
+                return None, f"{measured} (no plan: {' '.join(str(error).split()) or type(error).__name__})"
+            return planned_and_measured(config, None, peak, device)
+
+    def _config(self, args: TrainingArguments, optim: OptimConfig, folder: str) -> TrainConfig:
+        """What `subspan train` would be told; `folder` gets the model's own configuration."""
+        self.model.config.save_pretrained(folder)
         sequences, seq_len = self.largest
         flags = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the older name is deprecated
         checkpointing = bool(next((getattr(self.model, flag) for flag in flags if hasattr(self.model, flag)), False))
-        with tempfile.TemporaryDirectory() as folder:
-            self.model.config.save_pretrained(folder)
-            config = TrainConfig(
-                ModelConfig(
-                    name=folder,
-                    dtype=str(self.model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-                    activation_checkpointing=checkpointing,
-                ),
-                DataConfig(seq_len=seq_len),
-                optim,
-                RunConfig(
-                    batch_size=sequences * args.gradient_accumulation_steps,
-                    micro_batch=sequences,
-                    autocast=bool(args.bf16),
-                ),
-            )
-            return planned_and_measured(config, None, peak, device)
+        model = ModelConfig(
+            name=folder,
+            dtype=str(self.model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            activation_checkpointing=checkpointing,
+        )
+        run = RunConfig(
+            batch_size=sequences * args.gradient_accumulation_steps,
+            micro_batch=sequences,
+            autocast=bool(args.bf16) and self.model.dtype != torch.bfloat16,
+        )
+        return TrainConfig(model, DataConfig(seq_len=seq_len), optim, run)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.first:

@@ -44,7 +44,7 @@ from subspan.optim.quant import init_basis, quantize, write_basis
 from subspan.simulation import Cost, Phase, PhaseName, Trace, put_together, watch_passes, watch_update
 from subspan.traffic import Payload
 from subspan.training.baselines import add_baseline
-from subspan.training.config import OptimConfig, TrainConfig
+from subspan.training.config import OF_BASES, OptimConfig, TrainConfig, as_given
 from subspan.training.models import build_model
 from subspan.training.processes import make_mesh, shard_model
 from subspan.training.trainer import build_optimizer, groups_of
@@ -170,11 +170,12 @@ def describe_optim(config: TrainConfig) -> str:
 
 def with_preset(optim: OptimConfig, preset: str, **changes: Any) -> OptimConfig:
     """`optim` with another preset; what that one cannot have is dropped, projected gradients become full ones."""
+    values = as_given(optim) | changes
     if preset in FULL_RANK:
-        changes |= {"projector": None, "basis_dtype": None, "moments": None, "moments_gate": None}
-    if preset in FULL_GRADIENT and changes.get("gradients", optim.gradients) == "project":
-        changes["gradients"] = "hold"
-    return replace(optim, preset=preset, **changes)  # type: ignore[arg-type]
+        values |= dict.fromkeys(OF_BASES)
+    if preset in FULL_GRADIENT and values["gradients"] == "project":
+        values["gradients"] = "hold"
+    return type(optim)(**{**values, "preset": preset})
 
 
 def describe_cards(cards: Sequence[int]) -> str:

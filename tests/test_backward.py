@@ -124,6 +124,19 @@ def test_preparing_first_changes_nothing(gradients):
     assert_equal_training(run("hold"), (model, optimizer, seen))
 
 
+@pytest.mark.parametrize("gradients", ["hold", "project", "update"])
+def test_preparing_twice_is_preparing_once(gradients):
+    """As Accelerate's clip_grad_norm_ does, once for each group of parameters that it is asked for."""
+    (model, optimizer), norms = build(gradients), []
+
+    def twice():
+        norms.append((float(optimizer.prepare()), float(optimizer.prepare())))
+
+    losses = train(model, optimizer, before_step=twice)
+    assert_equal_training((model, optimizer, losses), run(gradients))
+    assert all(first == second > 0 for first, second in norms)
+
+
 @pytest.mark.parametrize("gradients", ["project", "update"])
 def test_a_scheduler_works_as_usual(gradients):
     runs = []

@@ -15,7 +15,7 @@ import subspan
 from subspan.plan import plan_memory
 from subspan.training.baselines import Factorized, add_baseline, merge, restart_adapters, restart_factor
 from subspan.training.models import build_model
-from subspan.training.trainer import train
+from subspan.training.trainer import groups_of, train
 
 pytest.importorskip("peft")
 KINDS = ("lora", "relora", "factorized")
@@ -55,6 +55,13 @@ def test_what_is_trained(tmp_path: Path, kind: str, train_rest: bool) -> None:
     assert not any("proj" in name for name in rest)
     assert any("embed_tokens" in name for name in rest) == train_rest
     assert bool(rest) == train_rest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rank_1_has_the_rate_of_matrices(tmp_path: Path, kind: str) -> None:
+    _, model, config = made(tmp_path, kind, rank=1)
+    names = {name for name, _ in groups_of(model, config.optim)[0]["params"]}
+    assert len(names) == 2 * 7 * 2
 
 
 @pytest.mark.parametrize("kind", ["lora", "relora"])

@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,8 @@ import pytest
 from tiny import SIZES, tiny_config, write_text
 
 from subspan import cli
-from subspan.training.config import load_config
+from subspan.training.config import load_config, make_config, save_config
+from subspan.training.runlog import describe_summary
 from subspan.training.trainer import train
 
 
@@ -62,6 +65,52 @@ def test_what_the_end_of_a_run_proposes_works(tmp_path: Path, capsys: pytest.Cap
     assert load_config(tmp_path / "run_adamw" / "config.yaml").optim.preset == "adamw"
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"optim": {"moments": "transport", "moments_gate": 0.5, "adaptive_refresh": 0.6, "max_update_proj_gap": 50}},
+        {"optim": {"projector": "svd", "basis_dtype": "int4"}, "run": {"diagnostics": True}},
+        {"optim": {"preset": "fira"}, "run": {"diagnostics": True}},
+        {"optim": {"preset": "adamw"}, "model": {"baseline": "lora"}},
+        {"optim": {"preset": "subspan", "gradients": "update"}},
+        {"optim": {"preset": "qgalore"}},
+    ],
+)
+def test_the_proposed_comparison_is_a_command(tmp_path: Path, sections: dict[str, dict[str, object]]) -> None:
+    config = make_config({"model": {}, "data": {}, "optim": {}, "run": {}, **sections, "resume": None})
+    config.run.out = str(tmp_path)
+    save_config(config, tmp_path / "config.yaml")
+    sizes = dict.fromkeys(("basis", "moments", "adam_full_rank"), 1)
+    known = {"valid_loss": 1.0, "perplexity": 1.0, "first_loss": 1.0, "tokens": 1, "seconds": 1}
+    shown = describe_summary({**known, "bytes": sizes, "config": dataclasses.asdict(config)})
+    (words,) = re.findall(r"try next .*: subspan (.*)", shown)
+    optim = cli.parse_train(shlex.split(words)).optim
+    assert optim.preset == ("galore" if config.optim.preset in ("adamw", "subspan") else "adamw")
+    assert (optim.scale, optim.gradients) == (0.25, "update" if config.optim.gradients == "update" else "project")
+
+
+def test_what_follows_from_preset_and_rank_does_so_from_a_runs_file_too(tmp_path: Path) -> None:
+    for preset, other, filled in (
+        ("galore", "apollo_mini", (128**0.5, "hold")),
+        ("apollo_mini", "galore", (0.25, "project")),
+    ):
+        save_config(cli.parse_train(["train", "--optim.preset", preset]), tmp_path / "config.yaml")
+        optim = cli.parse_train(["train", "--config", f"{tmp_path}/config.yaml", "--optim.preset", other]).optim
+        assert (optim.scale, optim.gradients) == pytest.approx(filled, abs=0) or (
+            optim.scale,
+            optim.gradients,
+        ) == filled
+    words = ["finetune", "--data.folder", "glue", "--data.task", "cola"]
+    save_config(cli.parse_finetune([*words, "--optim.rank", "4"]), tmp_path / "config.yaml")
+    for rank, scale in (("4", 4.0), ("8", 2.0)):
+        made = cli.parse_finetune(["finetune", "--config", f"{tmp_path}/config.yaml", "--optim.rank", rank])
+        assert made.optim.scale == scale
+    save_config(cli.parse_train(["train", "--optim.scale", "0.5"]), tmp_path / "config.yaml")
+    assert (
+        cli.parse_train(["train", "--config", f"{tmp_path}/config.yaml", "--optim.preset", "fira"]).optim.scale == 0.5
+    )
+
+
 def test_eval_of_a_run_is_its_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(tmp_path, run={"eval_sequences": 6, "micro_batch": 2})
     summary = train(config)
@@ -91,6 +140,28 @@ def test_eval_of_a_model_folder_on_all_of_other_text(tmp_path: Path, capsys: pyt
         answers.append(re.findall(r"(?:tokens|loss) +(\S+)", capsys.readouterr().out))
     assert answers[0] == answers[1]
     assert int(answers[0][0]) > 100  # not only the part that training would have held out
+
+
+def test_eval_of_other_text_than_the_run_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files in the place of a dataset, a dataset in that of files."""
+    config = tiny_config(tmp_path, run={"eval_sequences": 2, "steps": 1, "warmup_steps": 0})
+    train(config)
+    file = tmp_path / "run" / "config.yaml"
+    words = ["eval", str(tmp_path / "run"), "--data.cache_dir", str(tmp_path / "c")]
+    config.data.files, config.data.dataset = None, "some/text"
+    save_config(config, file)
+    assert run(*words, "--data.files", str(tmp_path / "text.txt")) == 0
+    config.data.files, config.data.dataset, config.data.valid_files = (
+        str(tmp_path / "text.txt"),
+        None,
+        str(tmp_path / "text.txt"),
+    )
+    save_config(config, file)
+    capsys.readouterr()
+    assert run(*words, "--data.dataset", str(tmp_path / "nothing")) == 2
+    assert "exclude" not in capsys.readouterr().err  # it was looked for
+    assert run(*words) == 0
+    assert f", {tmp_path}/text.txt\n" in capsys.readouterr().out
 
 
 def test_eval_says_when_the_text_is_another_one_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -203,3 +203,18 @@ def test_gradients_that_are_projected_at_once_are_refused():
 def test_bad_values_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", COMBINES)
+def test_a_clipped_step_survives_a_gradient_that_is_not_finite(name, value):
+    """In another parameter: the norm that clips is that of all."""
+    p, optimizer = make(SHAPES["wide"], COMBINES[name], max_grad_norm=1.0)
+    other = nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [other]})
+    for broken in (False, True, False):
+        p.grad, other.grad = drawn(p.shape, 1), torch.full_like(other, value if broken else 1.0)
+        optimizer.step()
+    assert p.isfinite().all()
+    assert other.isfinite().all()
+    assert all(X.isfinite().all() for X in optimizer.state[p].values())

@@ -52,6 +52,7 @@ def test_another_file_is_no_configuration(tmp_path: Path, content: str) -> None:
         (OptimConfig, {"betas": [0.9, 0.99], "preset": "galore_sgd"}, "optim.betas"),
         (OptimConfig, {"projector": "svd", "preset": "adamw"}, "optim.projector"),
         (OptimConfig, {"basis_dtype": "int4", "preset": "adamw8bit"}, "optim.basis_dtype"),
+        (OptimConfig, {"adaptive_refresh": 0.6, "preset": "adamw"}, "optim.adaptive_refresh"),
         (OptimConfig, {"basis_dtype": "int8"}, "optim.basis_dtype='int8'"),
         (OptimConfig, {"state_dtype": "int2"}, "optim.state_dtype='int2'"),
         (OptimConfig, {"dense_rule": "adam8"}, "optim.dense_rule='adam8'"),

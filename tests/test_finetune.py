@@ -230,6 +230,12 @@ def test_a_run_that_died_goes_on_and_ends_the_same(
     assert numbers_of(finetune(more))[:2] == numbers_of(whole)
     assert seeds == [2, 3]
 
+    file = tmp_path / "run" / "config.yaml"
+    assert "gradients: null" in file.read_text()
+    file.write_text(
+        file.read_text().replace("gradients: null", f"gradients: {parts.optim.gradients}")
+    )  # the same, said
+    assert numbers_of(finetune(more))[:2] == numbers_of(whole)
     other = dataclasses.replace(parts, optim=dataclasses.replace(parts.optim, lr=0.5))
     with pytest.raises(ValueError, match=r"optim\.lr was 0\.003 in .* and is 0\.5: set it back"):
         finetune(other)

@@ -236,6 +236,32 @@ def test_the_callback_leaves_a_run_that_can_be_reported(tmp_path: Path, capsys: 
     assert [bar["label"] for bar in plan_runs([run])[0]["bars"]] == ["planned", "measured"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, None], ids=["bfloat16", "float64", "no config"])
+def test_a_run_ends_well_whatever_the_planner_knows(
+    dtype: torch.dtype | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(
+                [torch.nn.Embedding(64, 16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 64)]
+            )
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            X = input_ids
+            for layer in self.layers:
+                X = layer(X)
+            return {"loss": torch.nn.functional.cross_entropy(X.flatten(0, 1), labels.flatten())}
+
+    model = Plain() if dtype is None else LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype)
+    args = arguments(tmp_path, bf16=dtype == torch.bfloat16, max_steps=2)  # TRL sets bf16 by itself
+    trainer(args, subspan.hf.SubspanCallback(), model=model).train()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert (summary["plan"] is not None) == (dtype == torch.bfloat16)
+    assert ("no plan: " in capsys.readouterr().out) == (dtype != torch.bfloat16)
+
+
 def test_the_log_of_a_run_that_goes_on_is_one_log(tmp_path: Path) -> None:
     for steps, resume in ((3, False), (5, True)):
         args = arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=2)

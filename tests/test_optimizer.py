@@ -690,3 +690,27 @@ def test_sparse_gradients_are_refused():
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match="sparse=False"):
         subspan.GaLoreAdamW(embedding.parameters()).step()
+
+
+@pytest.mark.parametrize("how", ["step", "load_state_dict"])
+def test_state_follows_a_model_that_moves(how):
+    """To the meta device, which every machine has. Accelerate moves the model and then loads the optimizer's state."""
+    model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 3))
+    groups = [{"params": [model[0].weight], "rank": 2}, {"params": [*model[1].parameters()]}]
+    optimizer = subspan.GaLoreAdamW(groups, lr=0.1)
+    saved = optimizer.state_dict()
+    for p in model.parameters():
+        torch.utils.swap_tensors(p, nn.Parameter(torch.empty(p.shape, device="meta")))
+    if how == "load_state_dict":
+        optimizer.load_state_dict(saved)
+    else:
+        for p in model.parameters():
+            group, p.grad = optimizer.group_of(p), torch.empty_like(p)
+            with torch.no_grad():
+                R = optimizer.project(
+                    group, p, refresh=False
+                )  # a refresh looks at the gradient, of which there is none
+                optimizer.apply(group, p, R, torch.ones((), dtype=torch.bool, device="meta"))
+    for p in model.parameters():
+        on_host = {"step", "refreshes", "last_refresh", "stretch", "reset"}
+        assert {key for key, X in optimizer.state[p].items() if not X.is_meta} == on_host & optimizer.state[p].keys()

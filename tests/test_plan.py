@@ -17,12 +17,12 @@ from test_cli import run, tiny_words
 from tiny import SIZES
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from subspan import simulation
+from subspan import cli, simulation
 from subspan.budget import Space, parse_size, search
 from subspan.live import LiveBytes, workspace
 from subspan.memory import peak_memory
 from subspan.optim.int8 import Int8Weight
-from subspan.optim.presets import PRESETS
+from subspan.optim.presets import FULL_RANK, PRESETS
 from subspan.optim.quant import quantize
 from subspan.plan import Planner, plan_memory
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -414,6 +414,22 @@ def test_the_command_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     for row in ("weights", "gradients", "optimizer: basis", "optimizer: moments", "activations", "temporaries", "peak"):
         assert re.search(rf"^  {row} +\d+\.\d+ GiB$", shown, re.MULTILINE)
     assert "cards of 8, 12, 16, 24, 32, 40, 48, 80 GB" in shown
+
+
+def test_every_preset_is_planned_from_any_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {name: llama-2m}\noptim: {moments: transport, rank: 8}\nrun: {diagnostics: true}\n")
+    parser, _ = cli._parsers()
+    for words, presets in (
+        (["--model", "llama-2m"], PRESETS),
+        (["--config", str(recipe)], ("fira", "adamw", "subspan")),
+    ):
+        arguments = parser.parse_args(["plan", *words]).plan
+        moments = cli.plan_config(arguments)[0].optim.moments
+        for arguments.preset in presets:
+            optim = cli.plan_config(arguments)[0].optim
+            of_bases = None if arguments.preset in FULL_RANK else moments
+            assert optim == OptimConfig(arguments.preset, rank=optim.rank, moments=of_bases)  # nothing of another one's
 
 
 def test_json_in_both_spellings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,16 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_tokenizer(write_classifier(tmp_path_factory.mktemp("model")))
 
 
+def test_a_table_that_excel_wrote(tokenizer: Any, tmp_path: Path) -> None:
+    """It begins with a byte order mark."""
+    files = []
+    for name in ("train.csv", "valid.csv"):
+        files.append(write_rows(tmp_path / name, ROWS))
+        Path(files[-1]).write_text("\ufeff" + Path(files[-1]).read_text())
+    data = load_task(TaskConfig(train_files=files[0], valid_files=files[1]), tokenizer)
+    assert len(data.train) == len(ROWS)
+
+
 def plain(data: TaskData) -> list[Any]:
     return [part.to_dict() for part in (data.train, data.valid)]
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from subspan.optim.marks import mark
+from subspan.optim.rules import Adam
 from subspan.training import trainer
-from subspan.training.config import TrainConfig, load_config
+from subspan.training.config import OptimConfig, TrainConfig, load_config
 from subspan.training.data import PackedDataset
 from subspan.training.evaluation import evaluate
 from subspan.training.models import compile_blocks
 from subspan.training.profile import PARTS, SKIPPED, StepProfiler, own_times
 from subspan.training.text import check_vocabulary, load_data
-from subspan.training.trainer import build_optimizer, lr_factor, train
+from subspan.training.trainer import build_optimizer, lr_factor, make_optimizer, train
 
 PRESETS = {  # a learning rate at which 20 steps of each learn something
     "galore": 0.02,
@@ -480,3 +481,21 @@ def test_a_compiled_model_trains_alike(
 def test_a_model_without_blocks_is_not_compiled() -> None:
     with pytest.raises(ValueError, match=r"model\.compile=true finds no ModuleList"):
         compile_blocks(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_an_adam_of_dense_parameters_has_the_betas_of_the_other() -> None:
+    model = nn.Sequential(nn.ModuleList([nn.Linear(8, 8)]), nn.Linear(8, 4))
+    given = {"rank": 2, "betas": [0.8, 0.9], "eps": 1e-5}
+    for optim in ({"dense_rule": "adam"}, {}):
+        assert make_optimizer(model, OptimConfig(**given, **optim), seed=0).dense_rule == Adam((0.8, 0.9), 1e-5)
+    assert (
+        make_optimizer(model, OptimConfig(rank=2, preset="galore_lion", dense_rule="adam"), seed=0).dense_rule == Adam()
+    )
+
+
+def test_what_is_resumed_too_near_its_end_is_not_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for steps, warning in ((6, False), (7, True), (7, False)):
+        config = tiny_config(tmp_path, run={"steps": steps, "profile": 2, "export": False})
+        config.resume = "auto"
+        train(config)
+        assert ("none is profiled" in capsys.readouterr().out) == warning

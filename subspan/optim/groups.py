@@ -68,7 +68,7 @@ def param_groups(
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("model has no trainable parameter: set requires_grad=True on what shall be trained")
-    chosen = _targeted(trainable, targets) if targets is not None else default_targets(model)
+    chosen = _targeted(trainable, targets) if targets is not None else default_targets(model, 1 if rank is None else 2)
     if not chosen:
         raise ValueError(
             "targets=None found no linear layer in numbered blocks: name the weights, as in targets=['attn', 'mlp']"
@@ -162,8 +162,9 @@ def _given(lr: float | None) -> dict[str, float]:
     return {} if lr is None else {"lr": lr}
 
 
-def default_targets(model: nn.Module) -> set[str]:
-    """Names of the weights that `param_groups` projects by default: of the trainable linear layers in numbered blocks."""
+def default_targets(model: nn.Module, least: int = 2) -> set[str]:
+    """Names of the weights that `param_groups` projects by default: of the trainable linear layers in numbered blocks, with at
+    least so many rows and columns. Adapters of rank 1 have one."""
     matrices = {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -172,7 +173,7 @@ def default_targets(model: nn.Module) -> set[str]:
     return {
         name
         for name, p in model.named_parameters()
-        if p.requires_grad and name in matrices and p.ndim == 2 and min(p.shape) > 1
+        if p.requires_grad and name in matrices and p.ndim == 2 and min(p.shape) >= least
     }
 
 

@@ -221,7 +221,8 @@ class ProjectedOptimizer(StatefulOptimizer):
             factor = None
             if self.max_grad_norm is not None:  # the norm that decides is that of all
                 norm = self.grad_norm.to(R.device)
-                factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+                # As torch.nn.utils.clip_grad_norm_. Of nan 0, which a combine multiplies the zeros of a broken gradient by.
+                factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
                 live = live & (norm < math.inf)
             self.apply(group, p, R, live, factor)
             if self.gradients == "update":
@@ -244,6 +245,8 @@ class ProjectedOptimizer(StatefulOptimizer):
         Bases that are due are refreshed here, only if every gradient, and `loss` where it is given, is finite (a host sync, on
         steps with a refresh). In `update` mode the hooks have refreshed and updated already: the norm is what they saw.
         """
+        if self.prepared is not None and self.gradients == "project":
+            return self.grad_norm  # asked again: the low-rank gradients are taken already, and no others can have come
         refresh = True
         if self.copies:
             self.copies.wait()

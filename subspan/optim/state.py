@@ -77,6 +77,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self._group: dict[Tensor, int] = {}  # position of its group in param_groups
         self._position: dict[Tensor, int] = {}  # among all parameters, for the seeds of rounding
         self._shards: dict[Tensor, Shards | None] = {}  # None: of those that lie on one process
+        self._device: dict[Tensor, torch.device] = {}  # that state lies on
         self._built = False
         defaults = {"lr": lr, "weight_decay": weight_decay, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
         super().__init__(params, defaults)
@@ -130,6 +131,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         moments = rule.init(torch.empty(shape, dtype=dtype or p.dtype, device="meta"))
         state |= store.init(moments, p.device) if shards is None else shards.init(store, moments, p.device)
         self.state[p] = state
+        self._device[p] = p.device
         self._position[p] = len(self._position)
         self._steps[p] = 0
 
@@ -149,8 +151,13 @@ class StatefulOptimizer(torch.optim.Optimizer):
         return pick_side(matrix_shape(p.shape, group), group["proj_type"])
 
     def state_here(self, p: Tensor) -> State:
-        """p's state, of which large tensors are this process' parts."""
+        """p's state, of which large tensors are this process' parts; where p is now, if the model was moved since."""
         state: State = self.state[p]
+        if p.device != self._device[p]:
+            for key, X in state.items():
+                if key != "step" and key not in Timetable.KEYS:
+                    state[key] = X.to(p.device)
+            self._device[p] = p.device
         return state if self._shards[p] is None else {key: local(X) for key, X in state.items()}
 
     def shapes(self, p: Tensor) -> tuple[torch.Size, torch.Size]:
@@ -250,6 +257,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             )
         pairs = []
         for p, index in zip(own, saved, strict=True):
+            self.state_here(p)  # Accelerate moves the model, and then loads what it has moved of its own
             theirs, ours = state_dict["state"].get(index, {}), self.state[p]
             shapes = [
                 {key: tuple(X.shape) if isinstance(X, Tensor) else type(X).__name__ for key, X in state.items()}

@@ -45,6 +45,10 @@ ProjectorName = Literal["subspace_iteration", "svd", "randomized_svd", "random"]
 
 WITHOUT_BETAS = {"galore_adafactor", "galore_sgd", "subspan", "adafactor", "muon", "sign_sgd", "scale_sgd"}
 WITHOUT_EPS = {"galore_lion", "galore_sgd", "subspan", "muon", "sign_sgd", "scale_sgd"}
+OF_BASES = ("projector", "basis_dtype", "moments", "moments_gate", "adaptive_refresh", "max_update_proj_gap")
+"""Fields of `OptimConfig` that a preset without bases has to leave null."""
+FILLED_IN = ("scale", "gradients")
+"""Those that null leaves to the preset and the rank."""
 
 
 @dataclass
@@ -267,9 +271,7 @@ class OptimConfig:
         for name, value, presets in (
             ("betas", self.betas, {*get_args(Preset)} - WITHOUT_BETAS),
             ("eps", self.eps, {*get_args(Preset)} - WITHOUT_EPS),
-            ("projector", self.projector, {*get_args(Preset)} - {*FULL_RANK}),
-            ("basis_dtype", self.basis_dtype, {*get_args(Preset)} - {*FULL_RANK}),
-            ("moments", self.moments, {*get_args(Preset)} - {*FULL_RANK}),
+            *((name, getattr(self, name), {*get_args(Preset)} - {*FULL_RANK}) for name in OF_BASES),
         ):
             if value is not None and self.preset not in presets:
                 raise ValueError(
@@ -445,10 +447,18 @@ SECTIONS: dict[str, type] = {
 
 def save_config(config: Any, path: Path) -> None:
     """Write `config`, of a whole run, as YAML that `--config` and `load_config` read."""
-    values = {**dataclasses.asdict(config), "resume": None}  # whether to resume is a decision of each start
+    optim = as_given(config.optim)
+    values = {**dataclasses.asdict(config), "optim": optim, "resume": None}  # each start decides whether to resume
     new = path.with_suffix(".new")  # a run that is killed here has the old one or the new one
     new.write_text(require("yaml", "train").safe_dump(values, sort_keys=False), encoding="utf-8")
     new.replace(path)
+
+
+def as_given(optim: OptimConfig) -> dict[str, Any]:
+    """The fields of `optim`; null where a value is the one that preset and rank fill in: with others it is theirs again."""
+    usual = type(optim)(preset=optim.preset, rank=optim.rank)
+    values = dataclasses.asdict(optim)
+    return values | {name: None for name in FILLED_IN if values[name] == getattr(usual, name)}
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -28,7 +28,7 @@ from subspan.optim.groups import describe_groups
 from subspan.training.baselines import merge
 from subspan.training.checkpoint import Checkpointer, load, newest
 from subspan.training.classifier import batch_loss, build_classifier, evaluate, load_tokenizer, micro_batches
-from subspan.training.config import save_config
+from subspan.training.config import as_given, save_config
 from subspan.training.evaluation import to_device
 from subspan.training.finetune_config import FinetuneConfig
 from subspan.training.models import save_pretrained
@@ -268,9 +268,10 @@ def _run_folder(config: FinetuneConfig) -> Path:
     saved = require("yaml", "train").safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     for section, values in dataclasses.asdict(config).items():
         before = saved.get(section) if isinstance(saved, dict) else None
+        given = as_given(config.optim) if section == "optim" else values
         for key, value in values.items() if isinstance(values, dict) else ():
             was = before.get(key, "missing") if isinstance(before, dict) else "missing"
-            if was != value and not (section == "run" and key in MAY_CHANGE):
+            if was not in (value, given[key]) and not (section == "run" and key in MAY_CHANGE):
                 raise ValueError(
                     f"resume=auto: {section}.{key} was {was} in {out} and is {value}: set it back, or name another --run.out"
                 )

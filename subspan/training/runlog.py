@@ -13,6 +13,7 @@ from typing import Any
 from subspan.diagnostics import FIELDS
 from subspan.extras import require
 from subspan.optim.presets import FULL_RANK
+from subspan.training.config import OF_BASES
 
 
 class RunLog:
@@ -141,7 +142,11 @@ def describe_summary(summary: dict[str, Any], command: str = "subspan") -> str:
         ("galore", "GaLore", 0.01) if config["optim"]["preset"] in FULL_RANK else ("adamw", "full-rank AdamW", 0.001)
     )
     change = f"--optim.preset {preset} --optim.lr {lr} --run.out {shlex.quote(f'{out}_{preset}')}"
-    change += "".join(f" --optim.{key} null" for key in ("projector", "basis_dtype") if config["optim"][key])
+    if preset == "adamw":
+        change += "".join(f" --optim.{key} null" for key in OF_BASES if config["optim"][key] is not None)
+        change += " --run.diagnostics false" if config["run"]["diagnostics"] else ""
+    elif config["model"]["baseline"]:
+        change += " --model.baseline null"
     start = "" if summary["first_loss"] is None else f"; the first step's loss was {summary['first_loss']:.4f}"
     rows = [
         ("validation loss", f"{summary['valid_loss']:.4f} nats per token{start}"),

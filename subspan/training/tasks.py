@@ -189,7 +189,7 @@ def _file_rows(path: Path, argument: str) -> Iterator[tuple[str, Mapping[str, An
         yield from read_rows(path, argument)
         return
     with path.open(
-        encoding="utf-8", newline=""
+        encoding="utf-8-sig", newline=""
     ) as stream:  # GLUE's tsv files have single quotation marks in their text
         tsv = path.suffix == ".tsv"
         reader = csv.DictReader(

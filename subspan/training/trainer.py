@@ -100,7 +100,7 @@ def make_optimizer(
         "projector": PROJECTORS[optim.projector]() if optim.projector else None,
         "state_dtype": getattr(torch, optim.state_dtype) if optim.state_dtype else None,
         "basis_dtype": getattr(torch, optim.basis_dtype) if optim.basis_dtype else None,
-        "dense_rule": RULES[optim.dense_rule]() if optim.dense_rule else None,
+        "dense_rule": _dense_rule(optim) if optim.dense_rule else None,
         "dense_state_dtype": getattr(torch, optim.dense_state_dtype) if optim.dense_state_dtype else None,
         "stochastic_rounding": optim.stochastic_rounding,
         "max_grad_norm": optim.max_grad_norm or None,
@@ -124,6 +124,15 @@ def make_optimizer(
         **more,
         **{key: value for key, value in given.items() if value is not None},
     )
+
+
+def _dense_rule(optim: OptimConfig) -> Rule:
+    """Of `optim.dense_rule`. Where both rules are Adam, they have the same hyperparameters."""
+    assert optim.dense_rule is not None
+    if optim.dense_rule != "adam" or optim.preset in ("galore_lion", "galore_adafactor", "adafactor"):
+        return RULES[optim.dense_rule]()
+    given = {"betas": tuple(optim.betas) if optim.betas else None, "eps": optim.eps}
+    return RULES["adam"](**{key: value for key, value in given.items() if value is not None})
 
 
 def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimizer) -> dict[str, Any]:
@@ -207,10 +216,11 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
     stream = corpus.train if isinstance(corpus.train, StreamDataset) else None
     if stream and progress.stream:
         stream.load_state_dict(progress.stream)
-    if run.profile and run.steps - progress.step < run.profile + SKIPPED + 1:
+    profiled = bool(run.profile) and run.steps - progress.step >= run.profile + SKIPPED + 1
+    if run.profile and not profiled and not checkpoint:  # what is resumed may be too near its end
         raise ValueError(
             f"run.profile={run.profile} needs {SKIPPED + 1} steps before the first that counts, and the run has "
-            f"{run.steps - progress.step}: raise run.steps or lower run.profile"
+            f"{run.steps}: raise run.steps or lower run.profile"
         )
     start, workers = 0 if stream else progress.samples, config.data.num_workers
     loader = make_loader(
@@ -225,6 +235,8 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
     )
     batches = iter(loader)  # endless
 
+    if run.profile and not profiled and progress.step < run.steps:
+        say(f"warning: run.profile={run.profile}: too few steps are left for it, none is profiled")
     say(f"text   {corpus.description}")
     weights = config.model.dtype + (", attention and MLP in int8" if config.int8_weights else "")
     changed = "".join(f" {key}={value}" for key, value in config.model.overrides.items())
@@ -240,7 +252,7 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
         out.mkdir(parents=True, exist_ok=True)
         save_config(config, out / "config.yaml")  # before all else: it makes the folder one that --resume auto knows
     watch = Diagnostics(optimizer, model) if run.diagnostics and isinstance(optimizer, ProjectedOptimizer) else None
-    profiler = StepProfiler(out, run.profile, device, log.say) if run.profile and processes.first else None
+    profiler = StepProfiler(out, run.profile, device, log.say) if profiled and processes.first else None
     with log, profiler or nullcontext(), StopSignal(log.say, processes.largest) as stop:
 
         def validate(step: int) -> EvalResult:
