@@ -499,3 +499,9 @@ def test_what_is_resumed_too_near_its_end_is_not_profiled(tmp_path: Path, capsys
         config.resume = "auto"
         train(config)
         assert ("none is profiled" in capsys.readouterr().out) == warning
+
+
+def test_a_run_too_short_for_its_bases_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out, gap, late in (("short", 40, 7), ("long", 20, 0)):
+        train(tiny_config(tmp_path, optim={"update_proj_gap": gap}, run={"out": str(tmp_path / out), "export": False}))
+        assert (f"{late} of 14 matrices keep their random first basis" in capsys.readouterr().out) == bool(late)

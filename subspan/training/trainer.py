@@ -205,6 +205,14 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
             f"warning: a model compiled as a whole keeps every gradient alive in spite of {gradients=}: compile its blocks"
         )
 
+    if isinstance(optimizer, ProjectedOptimizer):
+        projected = [p for group in optimizer.param_groups if "rank" in group for p in group["params"]]
+        if late := sum(optimizer.first_refresh(p) >= run.steps for p in projected):
+            say(
+                f"warning: {late} of {len(projected)} matrices keep their random first basis in a run of {run.steps} steps: "
+                "lower optim.update_proj_gap, over which first refreshes are spread, or use optim.gradients=hold"
+            )
+
     progress = Progress(text=text_identity(config, corpus.sha256))
     if checkpoint:
         saved = Progress(**load(checkpoint, model, optimizer, processes))
