@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from typing import Any
 
@@ -82,6 +83,10 @@ def fit(case: str, rank: int, count: int) -> dict[str, Tensor]:
         optimizer.zero_grad()
     if count > 1:
         check_copies(net, optimizer)
+        if case == "project":
+            twin = copy.deepcopy(optimizer)
+            assert twin.copies is not None
+            assert twin.copies.group is group
         if case == "int8":
             check_that_differences_are_found(net, optimizer, rank)
     state = {f"{name}.{key}": X for name, p in net.named_parameters() for key, X in optimizer.state[p].items()}

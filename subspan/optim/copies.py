@@ -29,6 +29,9 @@ class Copies:
         self._pending: dict[Tensor, Work | None] = {}
         self._meshes: dict[str, Any] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Copies:
+        return Copies(self.group)  # which cannot be copied
+
     def start(self, p: Tensor, R: Tensor) -> None:
         """Average p's R in place, beside what comes next."""
         self._pending[p] = self._reduce(R, async_op=True)
