@@ -117,7 +117,7 @@ def _presets_and_ranks(config: TrainConfig, space: Space) -> Iterator[tuple[str,
 def _ways(config: TrainConfig, space: Space, preset: str) -> Iterator[tuple[bool, str, str]]:
     """Checkpointing, gradients and side, best first."""
     averaged = config.parallel.shard == 1 < config.parallel.count and preset in {*FULL_RANK, *FULL_GRADIENT}
-    no_update = averaged or config.accumulation > 1
+    no_update = averaged or config.accumulation > 1 or bool(config.optim.max_grad_norm)
     gradients = [mode for mode in space.gradients if not (no_update and mode == "update")] or space.gradients
     sides = space.proj_types[:1] if preset in FULL_RANK else space.proj_types
     return itertools.product(space.checkpointing, gradients, sides)
@@ -152,9 +152,10 @@ def _variant(
     config: TrainConfig, preset: str, rank: int, checkpointing: bool, gradients: str, side: str, micro_batch: int
 ) -> TrainConfig:
     batch_size = micro_batch * config.accumulation * config.parallel.count
+    baseline = config.model.baseline if preset in FULL_RANK else None
     return replace(
         config,
-        model=replace(config.model, activation_checkpointing=checkpointing),
+        model=replace(config.model, activation_checkpointing=checkpointing, baseline=baseline),
         optim=with_preset(config.optim, preset, rank=rank, gradients=gradients, proj_type=side),
         run=replace(config.run, batch_size=batch_size, micro_batch=micro_batch),
     )

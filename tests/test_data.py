@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
+import signal
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -631,3 +633,15 @@ def test_streams_refuse(tokenizer: Any, stream_folder: str, tmp_path: Path) -> N
     refuse(lambda: make_loader(opened(), batch_size=1, seed=0, num_workers=1), "data.num_workers=1", "must be 0")
     refuse(lambda: make_loader(opened(), batch_size=1, seed=0, rank=1, world_size=2), "rank=1", "pass them there")
     refuse(lambda: eval_loader(opened(), batch_size=1), "max_sequences=None", "a number of sequences")
+
+
+def test_workers_leave_ctrl_c_to_the_main_process() -> None:
+    """A terminal sends it to all of them."""
+    loader = make_loader(numbers(50), batch_size=1, seed=1, num_workers=2)
+    batches = iter(loader)
+    begun = [next(batches) for _ in range(2)]
+    for worker in batches._workers:  # type: ignore[attr-defined]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, number)
+    begun += [next(batches) for _ in range(20)]
+    assert len(begun) == 22

@@ -84,20 +84,36 @@ def test_every_layout_trains(model_name):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_mixture_of_experts_router_stays_dense_and_experts_need_a_view():
+@pytest.mark.parametrize("rank", [4, None])
+def test_experts_of_a_mixture_are_a_batch_and_routers_stay_dense(rank):
     config = transformers.MixtralConfig(**SMALL, num_key_value_heads=4, num_local_experts=2)
     model = transformers.MixtralForCausalLM(config)
-    groups = subspan.param_groups(model, rank=4, verbose=False)
-    assert not any("gate.weight" in name or "experts" in name for name in names(groups[0]))
-    with pytest.raises(ValueError, match="is no matrix: give views="):
-        subspan.param_groups(model, rank=4, targets=["experts"], verbose=False)
-    groups = subspan.param_groups(
-        model, rank=4, targets=["self_attn", "experts"], views={"experts": "batch"}, verbose=False
-    )
-    assert [group["name"] for group in groups[:2]] == ["projected", "projected (batch)"]
+    groups = subspan.param_groups(model, rank=rank, verbose=False)
+    stacked = {name: p for name, p in model.named_parameters() if ".experts." in name}
+    assert stacked
+    assert all(p.ndim == 3 for p in stacked.values())
+    assert groups[1]["name"] == "projected (batch)"
+    assert set(names(groups[1])) == set(stacked)
+    assert not any("gate.weight" in name for name in names(groups[0]))
+    assert [name for group in groups[2:] for name in names(group) if "gate.weight" in name]
     optimizer = subspan.GaLoreAdamW(groups)
-    stacked = next(p for name, p in model.named_parameters() if "experts" in name)
-    assert optimizer.state[stacked]["basis"].shape[0] == 2
+    if rank:
+        assert all(optimizer.state[p]["basis"].shape[0] == 2 for p in stacked.values())
+    groups = subspan.param_groups(model, rank=rank, targets=["self_attn", "experts"], verbose=False)
+    assert set(names(groups[1])) == set(stacked)
+
+
+def test_what_a_router_is_made_of_stays_dense():
+    """As in Switch Transformers."""
+    block = nn.ModuleDict({"router": nn.ModuleDict({"classifier": nn.Linear(8, 4)}), "up": nn.Linear(8, 8)})
+    groups = subspan.param_groups(nn.ModuleList([block]), rank=2, verbose=False)
+    assert names(groups[0]) == ["0.up.weight"]
+
+
+def test_a_weight_that_is_no_matrix_needs_a_view():
+    model = nn.ModuleList([nn.Conv1d(4, 4, 3)])
+    with pytest.raises(ValueError, match="is no matrix: give views="):
+        subspan.param_groups(model, rank=4, targets=["weight"], verbose=False)
 
 
 def test_named_targets_only_and_embeddings_when_named():

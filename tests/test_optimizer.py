@@ -714,3 +714,23 @@ def test_state_follows_a_model_that_moves(how):
     for p in model.parameters():
         on_host = {"step", "refreshes", "last_refresh", "stretch", "reset"}
         assert {key for key, X in optimizer.state[p].items() if not X.is_meta} == on_host & optimizer.state[p].keys()
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("gradients", ["hold", "update"])
+def test_muon_sees_a_convolution_as_one_matrix(gradients, state_dtype):
+    model = nn.ModuleList([nn.Conv2d(8, 72, 3, bias=False)])
+    groups = subspan.param_groups(model, rank=None, targets=["weight"], views={"weight": "conv"}, verbose=False)
+    optimizer = subspan.ProjectedOptimizer(
+        groups, 1.0, rule=subspan.Muon(), dense_rule=subspan.Adam(), gradients=gradients, state_dtype=state_dtype
+    )
+    before = model[0].weight.detach().clone()
+    model[0](torch.randn(3, 8, 12, 12)).square().mean().backward()
+    optimizer.step()
+    values = torch.linalg.svdvals((before - model[0].weight.detach()).view(72, 72))
+    assert values.max() < 1.3
+    assert (values > 0.5).sum() >= 70  # of 72; the smallest hardly grow
+    copied = subspan.ProjectedOptimizer(
+        groups, 1.0, rule=subspan.Muon(), dense_rule=subspan.Adam(), state_dtype=state_dtype
+    )
+    copied.load_state_dict(optimizer.state_dict())

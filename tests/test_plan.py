@@ -25,6 +25,7 @@ from subspan.optim.int8 import Int8Weight
 from subspan.optim.presets import FULL_RANK, PRESETS
 from subspan.optim.quant import quantize
 from subspan.plan import Planner, plan_memory
+from subspan.report.figures import compare_methods
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from subspan.training.models import build_model
 from subspan.training.trainer import build_optimizer
@@ -385,6 +386,20 @@ def test_a_search_finds_what_fits_best_first() -> None:
         larger = make_config("bfloat16", micro_batch=2 * run.batch_size)  # the next micro-batch would not have fitted
         larger.optim, larger.model = fit.config.optim, fit.config.model
         assert run.batch_size == 4 or planner.plan(larger).peak > budget
+
+
+def test_a_search_leaves_out_what_a_run_cannot_have() -> None:
+    """Clipping, which needs all gradients together, and adapters, which are not projected."""
+    config = make_config("bfloat16", micro_batch=1, overrides={"num_hidden_layers": 1})
+    config.optim.max_grad_norm = 1.0
+    planner, space = Planner(), Space(presets=("adamw", "galore8bit"), ranks=(16,), micro_batches=(1,))
+    found = search(config, 2**40, space, planner)
+    assert {fit.config.optim.gradients for fit in found} == {"project"}
+    with pytest.raises(ValueError, match="closest is"):
+        search(config, 2**20, space, planner)
+    config.optim, config.model.baseline = OptimConfig(preset="adamw", rank=16), "lora"
+    assert [fit.config.model.baseline for fit in search(config, 2**40, space, planner)] == ["lora", None]
+    assert len(compare_methods(config, planner)) == 6
 
 
 def test_a_budget_that_nothing_fits_says_what_is_missing() -> None:

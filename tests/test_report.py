@@ -348,6 +348,20 @@ def test_seeds_of_a_finetuning(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- its parts
 
 
+def test_a_run_that_went_on_after_its_summary_is_not_finished(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    file = run / "metrics.jsonl"
+    (found,) = read_runs([run])
+    assert found.status == "finished"
+    last = found.steps[-1]
+    file.write_text(file.read_text() + json.dumps({**last, "step": last["step"] + 1}) + "\n")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "steps": last["step"]}))
+    (found,) = read_runs([run])
+    assert found.status == "unfinished"
+    assert found.notices[0].startswith("Not finished")
+
+
 def test_commands_make_the_same_configuration(tmp_path: Path) -> None:
     optim = {"preset": "fira", "betas": [0.9, 0.95], "targets": ["q_proj", "it's"], "max_grad_norm": 1.0}
     config = tiny_config(tmp_path, optim=optim, run={"micro_batch": 2, "autocast": True, "eval_sequences": None})
@@ -355,7 +369,9 @@ def test_commands_make_the_same_configuration(tmp_path: Path) -> None:
     tuning = FinetuneConfig(
         ClassifierConfig(name="a b"), TaskConfig(task="mrpc", columns=["a", "b"]), FinetuneOptimConfig(rank=4)
     )
-    assert cli.parse_finetune(shlex.split(command_of(tuning).replace("\\\n", ""))[1:]) == tuning
+    for optim in ({"rank": 4}, {"rank": 4, "scale": 2.0}, {"rank": 8, "scale": 4.0}):  # 2 is what rank 8 has by itself
+        tuning.optim = FinetuneOptimConfig(**optim)
+        assert cli.parse_finetune(shlex.split(command_of(tuning).replace("\\\n", ""))[1:]) == tuning
 
 
 def test_refreshes_go_into_columns(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_config
+from tiny import tiny_config, write_tokenizer
 from torch import nn
 
 import subspan
@@ -242,7 +243,7 @@ def test_a_finished_run_resumed_is_evaluated_again_and_can_be_extended(tmp_path:
     assert [line[0] for line in log(tmp_path / "run")] == [*range(1, 27), 26]  # one evaluation, made again
     config.run.steps = 30
     assert train(config)["steps"] == 30
-    assert [line[0] for line in log(tmp_path / "run")] == [*range(1, 31), 30]
+    assert [line[0] for line in log(tmp_path / "run")] == [*range(1, 27), 26, *range(27, 31), 30]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
@@ -549,3 +550,34 @@ def test_the_command_line_stops_saves_and_goes_on(tmp_path: Path) -> None:
     assert [line[0] for line in log(tmp_path / "run")] == [*range(1, steps + 1), steps]
     train(config_of(tmp_path, out=str(tmp_path / "straight"), steps=steps, warmup_steps=1, min_lr_ratio=1.0))
     assert log(tmp_path / "run") == log(tmp_path / "straight")
+
+
+def test_a_run_that_was_extended_keeps_what_it_had_found(tmp_path: Path) -> None:
+    """The last evaluation, where none is due, and the peak; but not the summary, until it ends again."""
+    config = config_of(tmp_path, steps=10, eval_every=4, checkpoint_every=4)
+    first = train(config)
+    config.resume = "auto"
+    again = train(config)
+    assert again["peak_memory_bytes"] >= first["peak_memory_bytes"]
+    config.run.steps = 14
+    with pytest.raises(Stopped):
+        train(config, stop_after(2))
+    assert not (tmp_path / "run" / "summary.json").exists()
+    train(config)
+    assert [line[0] for line in log(tmp_path / "run") if len(line) == 3] == [4, 8, 10, 12, 14]
+
+
+def test_another_tokenizer_of_the_same_text_is_refused(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "one", special=False)
+    words = tokenizer.get_vocab()
+    config = config_of(tmp_path, steps=2, warmup_steps=0, checkpoint_every=2)
+    config.data.tokenizer, config.data.valid_fraction = str(tmp_path / "one"), 0.3
+    train(config)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    file = tmp_path / "two" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"] |= {"cat": words["dog"], "dog": words["cat"]}
+    file.write_text(json.dumps(content))
+    config.resume, config.data.tokenizer, config.run.steps = "auto", str(tmp_path / "two"), 4
+    with pytest.raises(ValueError, match=r"cannot be continued: tokens was .* and is "):
+        train(config)

@@ -33,6 +33,12 @@ def test_a_table_that_excel_wrote(tokenizer: Any, tmp_path: Path) -> None:
     assert len(data.train) == len(ROWS)
 
 
+def test_a_table_with_a_long_text(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [*ROWS, {"sentence": "dog " * 50_000, "label": 0}]
+    file = write_rows(tmp_path / "train.csv", rows)
+    assert len(load_task(TaskConfig(train_files=file, valid_files=file), tokenizer).train) == 3
+
+
 def plain(data: TaskData) -> list[Any]:
     return [part.to_dict() for part in (data.train, data.valid)]
 

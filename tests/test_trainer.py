@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SIZES, tiny_config, write_text
+from tiny import SIZES, tiny_config, write_text, write_tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig
 
 from subspan.optim.marks import mark
 from subspan.optim.rules import Adam
@@ -505,3 +505,26 @@ def test_a_run_too_short_for_its_bases_says_so(tmp_path: Path, capsys: pytest.Ca
     for out, gap, late in (("short", 40, 7), ("long", 20, 0)):
         train(tiny_config(tmp_path, optim={"update_proj_gap": gap}, run={"out": str(tmp_path / out), "export": False}))
         assert (f"{late} of 14 matrices keep their random first basis" in capsys.readouterr().out) == bool(late)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_a_model_that_cannot_keep_documents_apart_is_refused(tmp_path: Path, kind: str) -> None:
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "opt":
+        made = OPTConfig(**sizes, ffn_dim=32, word_embed_proj_dim=32)
+    else:
+        made = LlamaConfig(**sizes, intermediate_size=32)
+    made.save_pretrained(tmp_path / "model")
+    tokenizer = write_tokenizer(tmp_path / "words", special=False)
+    assert len(tokenizer) <= 300
+    config = tiny_config(
+        tmp_path,
+        model={"name": str(tmp_path / "model"), "overrides": {}},
+        data={"keep_documents_apart": True, "tokenizer": str(tmp_path / "words")},
+        run={"steps": 2, "warmup_steps": 0, "export": False},
+    )
+    if kind == "llama":
+        train(config)
+        return
+    with pytest.raises(ValueError, match=r"data\.keep_documents_apart=true: this model lets"):
+        train(config)

@@ -26,6 +26,9 @@ IN_BLOCK = re.compile(r"\.\d+\.")
 ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 """Routers of mixtures of experts: small, sensitive, kept dense."""
 
+EXPERTS = re.compile(r"(^|\.)experts\.")
+"""Weights of all experts in one tensor (experts, ..., ...), as transformers has them: a batch of matrices."""
+
 
 def param_groups(
     model: nn.Module,
@@ -44,8 +47,8 @@ def param_groups(
     """The parameter groups of `model` for a `ProjectedOptimizer`: projected matrices, dense parameters, dense vectors.
 
     By default the linear layers inside the model's numbered blocks are projected: attention and MLP of any transformers
-    model (LLaMA, GPT-2, BERT, RoBERTa, Qwen, Gemma, Phi, ...). Embeddings, head, poolers, classifiers, routers, norms and biases
-    stay dense; so does everything frozen stay out.
+    model (LLaMA, GPT-2, BERT, RoBERTa, Qwen, Gemma, Phi, Mixtral, ...), experts that are stacked in one weight too. Embeddings,
+    head, poolers, classifiers, routers, norms and biases stay dense; so does everything frozen stay out.
 
     Args:
         rank: rank of the basis; None: nothing is projected, the full-rank baseline in the same three groups. The first then has
@@ -53,7 +56,7 @@ def param_groups(
         targets: regular expressions searched in parameter names, instead of the default. Each must match at least one
             trainable weight of two or more dimensions. A named embedding or head is projected too.
         views: regular expression -> "conv" (first dimension x the rest) or "batch" (stacked matrices), for weights of more
-            than two dimensions.
+            than two dimensions; stacked experts are "batch" by themselves.
         scale, update_proj_gap, proj_type: keys of the projected group.
         lr: learning rate of the projected group, dense_lr: of both dense groups; None: the optimizer's.
         split: with rank=None, groups of their own for what rules treat differently that tell inputs from outputs (`ColumnNorm`):
@@ -68,7 +71,10 @@ def param_groups(
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("model has no trainable parameter: set requires_grad=True on what shall be trained")
-    chosen = _targeted(trainable, targets) if targets is not None else default_targets(model, 1 if rank is None else 2)
+    if targets is None:
+        chosen = default_targets(model, 1 if rank is None else 2) | {n for n, p in trainable if _stacks_experts(n, p)}
+    else:
+        chosen = _targeted(trainable, targets)
     if not chosen:
         raise ValueError(
             "targets=None found no linear layer in numbered blocks: name the weights, as in targets=['attn', 'mlp']"
@@ -83,7 +89,8 @@ def param_groups(
         groups.append(
             {"params": params, "name": "projected" if view == "matrix" else f"projected ({view})", **_given(lr)}
         )
-        groups[-1] |= {"full_rank": True} if rank is None else {"rank": rank, "view": view, **shared}
+        groups[-1] |= {"full_rank": True} if rank is None else {"rank": rank, **shared}
+        groups[-1] |= {"view": view} if rank is not None or view == "conv" else {}
     rest = [(name, p) for name, p in trainable if name not in chosen]
     groups.append({"params": [(n, p) for n, p in rest if p.ndim >= 2], "name": "dense", **_given(dense_lr)})
     vectors = [(n, p) for n, p in rest if p.ndim < 2]
@@ -168,13 +175,17 @@ def default_targets(model: nn.Module, least: int = 2) -> set[str]:
     matrices = {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if _is(module, *MATRIX_MODULES) and IN_BLOCK.search(f".{name}.") and not ROUTER.search(name.rpartition(".")[2])
+        if _is(module, *MATRIX_MODULES) and IN_BLOCK.search(f".{name}.") and not ROUTER.search(name)
     }
     return {
         name
         for name, p in model.named_parameters()
         if p.requires_grad and name in matrices and p.ndim == 2 and min(p.shape) >= least
     }
+
+
+def _stacks_experts(name: str, p: Tensor) -> bool:
+    return p.ndim == 3 and EXPERTS.search(name) is not None and IN_BLOCK.search(f".{name}") is not None
 
 
 def _targeted(trainable: Named, targets: Sequence[str]) -> set[str]:
@@ -190,7 +201,7 @@ def _targeted(trainable: Named, targets: Sequence[str]) -> set[str]:
 
 
 def _views(trainable: Named, chosen: set[str], views: Mapping[str, str]) -> dict[str, str]:
-    viewed: dict[str, str] = {}
+    viewed = {name: "batch" for name, p in trainable if name in chosen and _stacks_experts(name, p)}
     for pattern, view in views.items():
         if view not in ("conv", "batch"):
             raise ValueError(f"views: {pattern!r} -> {view!r} is unknown: use 'conv' or 'batch'")

@@ -282,7 +282,7 @@ class ProjectedOptimizer(StatefulOptimizer):
         this process' part."""
         assert p.grad is not None
         if "rank" not in group:
-            return local(p.grad)
+            return as_matrix(local(p.grad).contiguous(), group) if "view" in group else local(p.grad)
         if refresh and self.refresh_due(p):
             with mark("refresh"):
                 self._refresh_basis(group, p, p.grad)
@@ -347,8 +347,9 @@ class ProjectedOptimizer(StatefulOptimizer):
         if isinstance(p, Int8Weight) or (self.stochastic_rounding and p.dtype == torch.bfloat16):
             generator = torch.Generator(device=p.device).manual_seed(self._rounding_seed(p))
         W, side, Q, combine, gradient = local(p), None, None, None, None
-        if "rank" in group:
+        if "rank" in group or "view" in group:
             W = as_matrix(W, group)
+        if "rank" in group:
             side, Q = self.side(p), self.basis(p, p.dtype)
             if shards is not None and shards.axis == "d":
                 Q = shards.mine_of(Q)

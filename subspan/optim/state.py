@@ -109,7 +109,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def _init_state(self, group: dict[str, Any], p: Tensor) -> None:
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
-        shape = p.shape
+        shape = torch.Size(matrix_shape(p.shape, group)) if "view" in group else p.shape
         shards = None
         if is_spread(p):
             from subspan.optim.shards import shards_of  # imports DTensor, which takes a second
@@ -197,7 +197,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def _shape_here(self, p: Tensor) -> tuple[int, ...]:
         """Of the (low-rank) gradient of p, or of this process' part."""
-        shape = list(self.shapes(p)[1] if p in self._index else p.shape)
+        group = self.group_of(p)
+        shape = list(
+            self.shapes(p)[1] if "rank" in group else matrix_shape(p.shape, group) if "view" in group else p.shape
+        )
         if shards := self._shards[p]:
             dim = -1 if shards.axis in ("k", "d") else 0
             shape[dim] = shards.mine(shape[dim])[1]

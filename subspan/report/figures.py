@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -45,6 +46,7 @@ def compare_methods(config: TrainConfig, planner: Planner) -> dict[str, MemoryPl
     they do everywhere; the three GaLores treat them as `config.optim.gradients` says.
     """
     state = config.optim.state_dtype or config.model.dtype
+    config = replace(config, model=replace(config.model, baseline=None))
     methods: dict[str, dict[str, Any]] = {
         "AdamW": {"preset": "adamw", "state_dtype": state, "gradients": "hold"},
         "8-bit Adam": {"preset": "adamw8bit", "state_dtype": None, "gradients": "hold"},
@@ -111,8 +113,11 @@ def draw_refreshes(run: Path, path: Path) -> None:
     metrics = run / "metrics.jsonl"
     if not metrics.is_file():
         raise ValueError(f"{run} is no run folder, it has no metrics.jsonl: name the run.out of a training run")
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    found = [line for line in lines if "refreshes" in line]
+    found = []
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):  # the last line of a run that was killed
+            row = json.loads(line)
+            found += [row] if "refreshes" in row else []
     if not found:
         raise ValueError(f"{metrics} says nothing of refreshes: train with --run.diagnostics true")
     series: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))

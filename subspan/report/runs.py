@@ -17,7 +17,7 @@ from typing import Any
 
 from subspan.diagnostics import FIELDS
 from subspan.extras import require
-from subspan.training.config import OptimConfig, TrainConfig, make_config
+from subspan.training.config import OptimConfig, TrainConfig, as_given, make_config
 from subspan.training.finetune_config import FINETUNE_SECTIONS, FinetuneConfig, FinetuneOptimConfig
 
 FILES = ("metrics.jsonl", "config.yaml", "summary.json")
@@ -109,6 +109,9 @@ def _read(name: str, folder: Path, owner: Path) -> Run:
         whole = _json(owner / "summary.json")
         run.summary = {**{key: whole[key] for key in ("device", "versions") if key in whole}, **run.summary}
     _read_metrics(run, folder / "metrics.jsonl")
+    ended = number(run.summary, "steps")
+    if ended is not None and run.steps and run.steps[-1]["step"] > ended:
+        run.summary = {}  # it went on after that
     if not run.summary:
         total = run.config.run.steps if isinstance(run.config, TrainConfig) else None
         of = f" of {total:,}" if total else ""
@@ -308,10 +311,9 @@ def command_of(config: TrainConfig | FinetuneConfig) -> str:
         start, usual = "subspan train", TrainConfig(optim=OptimConfig(preset=config.optim.preset))
         if config.parallel.count > 1:
             start = f"torchrun --nproc-per-node {config.parallel.count} -m {start}"
-    before = dataclasses.asdict(usual)
-    before["optim"]["preset"] = None  # named in every command
+    before = dataclasses.asdict(usual) | {"optim": as_given(usual.optim) | {"preset": None}}  # named in every command
     words = []
-    for section, values in dataclasses.asdict(config).items():
+    for section, values in (dataclasses.asdict(config) | {"optim": as_given(config.optim)}).items():
         for name, value in values.items() if isinstance(values, dict) else ():
             if value != before[section][name]:
                 text = value if isinstance(value, str) else json.dumps(value)

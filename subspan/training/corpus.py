@@ -135,7 +135,7 @@ def read_documents(path: Path, argument: str, *, text_key: str, document_separat
         text = _read_text(path, argument)
         documents = text.split(document_separator) if document_separator else [text]
         # The separator stands on a line of its own: that line's newlines belong to it, not to its neighbours.
-        documents = [document.strip("\n") for document in documents]
+        documents = [document.strip("\r\n") for document in documents]
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise ValueError(f"{argument}: {path} holds no text: remove it from the list")

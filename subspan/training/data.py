@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import re
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -72,12 +73,13 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         *,
         eos_token_id: int | None = None,
         keep_documents_apart: bool = False,
+        name: str = "the text",
     ) -> None:
         if seq_len < 2:
             raise ValueError(f"data.seq_len={seq_len}: must be at least 2, a token and the next one")
         if len(tokens) < seq_len:
             raise ValueError(
-                f"data.seq_len={seq_len}: the text is shorter than one sequence ({len(tokens)} tokens): "
+                f"data.seq_len={seq_len}: {name} is shorter than one sequence ({len(tokens)} tokens): "
                 "use more text or a smaller data.seq_len"
             )
         if keep_documents_apart and eos_token_id is None:
@@ -364,6 +366,7 @@ def make_loader(
             num_workers=num_workers,
             generator=generator,
             pin_memory=pin_memory,
+            worker_init_fn=_leave_signals_to_the_main_process,
         )
     if start or num_workers:
         raise ValueError(
@@ -373,6 +376,12 @@ def make_loader(
     if (rank, world_size) != (dataset.rank, dataset.world_size):
         raise ValueError(f"rank={rank}, world_size={world_size}: the stream was opened with others: pass them there")
     return DataLoader(dataset, batch_size=batch_size, generator=generator, pin_memory=pin_memory)
+
+
+def _leave_signals_to_the_main_process(_: int) -> None:
+    """A terminal's Ctrl-C goes to all of them, and the step that is being finished still wants its batches."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def eval_loader(

@@ -76,3 +76,26 @@ def trained_tokens(labels: Tensor) -> int:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+@torch.no_grad()
+def check_documents_apart(model: nn.Module, batch_size: int, seq_len: int, device: torch.device) -> None:
+    """ValueError unless `model` keeps documents of a sequence apart by their position_ids alone, as LLaMA does and OPT does not:
+    what it says of the second half of one must not hang on the first. Two passes, of the shape of those of training."""
+    vocab_size, half = model.get_input_embeddings().num_embeddings, seq_len // 2  # type: ignore[operator]
+    place = torch.arange(seq_len, device=device)
+    positions = torch.where(place < half, place, place - half).expand(batch_size, -1)
+    training = model.training
+    model.eval()
+    try:
+        logits = []
+        for shift in (0, 1):
+            ids = ((place + shift * (place < half)) % vocab_size).expand(batch_size, -1)
+            logits.append(model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, half:].float())
+    finally:
+        model.train(training)
+    if (logits[0] - logits[1]).abs().max() > 1e-4 * logits[0].abs().max():
+        raise ValueError(
+            "data.keep_documents_apart=true: this model lets the documents of a sequence see each other whatever their "
+            "position_ids say: set it to false"
+        )

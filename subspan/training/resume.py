@@ -89,7 +89,7 @@ class Progress:
 
     evaluated: the step of the last evaluation; the checkpoint of a step may be older than the evaluation that is due there.
     samples: of the training text, used so far: the position in it, unless it is a stream, whose own state is `stream`.
-    text: what the order of samples depends on, `text_identity`.
+    text: what the order of samples depends on, `text_identity`. peak: bytes at most, of every process that went on with it.
     """
 
     step: int = 0
@@ -100,16 +100,18 @@ class Progress:
     evaluated: int = 0
     seconds: float = 0.0
     refresh_seconds: float | None = None
+    peak: int = 0
     samples: int = 0
     stream: dict[str, Any] | None = None
     text: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def text_identity(config: TrainConfig, sha256: str | None) -> dict[str, Any]:
-    """What must be equal for a position in the text to mean the same."""
+def text_identity(config: TrainConfig, sha256: str | None, tokens: str | None) -> dict[str, Any]:
+    """What must be equal for a position in the text to mean the same; `tokens`: `Text.tokens`."""
     data = config.data
     stream = [data.dataset, data.dataset_config, data.split] if data.dataset else None
-    return {"sha256": sha256, "data.dataset": stream, "data.seq_len": data.seq_len, "run.seed": config.run.seed}
+    seed, seq_len = config.run.seed, data.seq_len
+    return {"sha256": sha256, "tokens": tokens, "data.dataset": stream, "data.seq_len": seq_len, "run.seed": seed}
 
 
 def check_text(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -188,6 +188,7 @@ def _file_rows(path: Path, argument: str) -> Iterator[tuple[str, Mapping[str, An
     if path.suffix not in (".tsv", ".csv"):
         yield from read_rows(path, argument)
         return
+    csv.field_size_limit(2**31 - 1)  # a text may be long
     with path.open(
         encoding="utf-8-sig", newline=""
     ) as stream:  # GLUE's tsv files have single quotation marks in their text

@@ -41,6 +41,15 @@ class Text:
     description: str
     sha256: str | None
 
+    @property
+    def tokens(self) -> str | None:
+        """What tells the tokens of the training text from those of another tokenizer; None for chat and streams."""
+        if not isinstance(self.train, PackedDataset):
+            return None
+        tokens = self.train.tokens
+        begin = hashlib.sha256(tokens[:65_536].astype("int64").tobytes()).hexdigest()[:8]
+        return f"{len(tokens):,}, beginning with {begin}"
+
     def valid_loader(self, batch_size: int, max_sequences: int | None) -> Iterable[Batch]:
         return eval_loader(self.valid, batch_size=batch_size, max_sequences=max_sequences)
 
@@ -71,7 +80,8 @@ def _load_files(data: DataConfig, tokenizer_name: str | None, cache: Path, train
     def pack(documents: list[str], key: str) -> Dataset[Batch]:
         tokens = tokenize(documents, tokenizer, cache_dir=cache, key=key)
         apart = data.keep_documents_apart
-        return PackedDataset(tokens, data.seq_len, eos_token_id=tokenizer.eos_token_id, keep_documents_apart=apart)
+        end, name = tokenizer.eos_token_id, "the text" if key == "train" else "the validation text"
+        return PackedDataset(tokens, data.seq_len, eos_token_id=end, keep_documents_apart=apart, name=name)
 
     valid = pack(corpus.valid, "valid")
     return Text(pack(corpus.train, "train") if training else None, valid, tokenizer, corpus.description, corpus.sha256)

@@ -32,7 +32,7 @@ from subspan.training.baselines import add_baseline, merge, restart_adapters, re
 from subspan.training.checkpoint import Checkpointer, load
 from subspan.training.config import OptimConfig, RunConfig, TrainConfig, save_config
 from subspan.training.data import StreamDataset, make_loader
-from subspan.training.evaluation import Batch, EvalResult, evaluate, to_device, trained_tokens
+from subspan.training.evaluation import Batch, EvalResult, check_documents_apart, evaluate, to_device, trained_tokens
 from subspan.training.models import build_model, compile_blocks, model_config, save_pretrained
 from subspan.training.processes import Processes, make_mesh, shard_model
 from subspan.training.profile import SKIPPED, StepProfiler
@@ -195,6 +195,8 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
     if sharded:
         shard_model(model, groups_of(model, config.optim), make_mesh(config.parallel, device.type))
         processes.fill(model, functools.partial(build, device="cpu", pretrained=pretrained), device)
+    if config.data.keep_documents_apart:
+        check_documents_apart(model, micro_batch, config.data.seq_len, device)
     optimizer = build_optimizer(model, config)
     copy = processes.copy(model, optimizer)  # averages gradients after a backward pass
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -213,7 +215,7 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
                 "lower optim.update_proj_gap, over which first refreshes are spread, or use optim.gradients=hold"
             )
 
-    progress = Progress(text=text_identity(config, corpus.sha256))
+    progress = Progress(text=text_identity(config, corpus.sha256, corpus.tokens))
     if checkpoint:
         saved = Progress(**load(checkpoint, model, optimizer, processes))
         check_text(checkpoint, saved.text, progress.text)
@@ -253,12 +255,18 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
     of = f" of each of {processes.count} processes" if processes.count > 1 else ""
     say(f"memory{of}, without activations\n{count_memory(model, optimizer)}\n", flush=True)
 
+    if progress.step < run.steps and not (run.eval_every and progress.step % run.eval_every == 0):
+        progress.evaluated = (
+            progress.step
+        )  # none comes again: that at the end of a run which is extended stays in the log
     before = {"start": progress.step, "evaluated": progress.evaluated}
     log = (RunLog if processes.first else Silence)(out, steps=run.steps, log_every=run.log_every, **before)
     checkpointer = Checkpointer(out / CHECKPOINTS, keep=run.keep_checkpoints, say=log.say, processes=processes)
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
         save_config(config, out / "config.yaml")  # before all else: it makes the folder one that --resume auto knows
+        if progress.step < run.steps:
+            (out / "summary.json").unlink(missing_ok=True)  # of a run that ended earlier
     watch = Diagnostics(optimizer, model) if run.diagnostics and isinstance(optimizer, ProjectedOptimizer) else None
     profiler = StepProfiler(out, run.profile, device, log.say) if profiled and processes.first else None
     with log, profiler or nullcontext(), StopSignal(log.say, processes.largest) as stop:
@@ -282,6 +290,7 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
             return drawn, counts, processes.total(sum(counts))
 
         def save() -> None:
+            progress.peak = max(progress.peak, peak_memory(device))
             progress.refresh_seconds = getattr(optimizer, "refresh_seconds", None)
             log.sync()
             checkpointer.save(progress.step, model, optimizer, dataclasses.asdict(progress))
@@ -409,7 +418,7 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
         "refresh_seconds": getattr(optimizer, "refresh_seconds", None),
         "parameters": count_parameters(model),
         "bytes": dataclasses.asdict(count_memory(model, optimizer)),
-        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_bytes": max(progress.peak, peak_memory(device)),
         "device": describe_device(device),
         "corpus": {"sha256": corpus.sha256, "description": corpus.description},
         "versions": versions(),
