@@ -1,12 +1,15 @@
-"""One thread: the tensors are tiny, and threads that wait for each other on a busy machine cost minutes.
+"""One thread, in processes that tests start too: tensors are tiny, and threads that wait for each other cost minutes.
 
 Of the files that are dealt to two processes (`make test`) the long ones come first, so that neither is left alone with one."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 LONG = ("shards", "processes", "hf", "docs", "report", "integrations", "drop_in", "plan", "resume", "finetune")

@@ -112,6 +112,7 @@ SIBLINGS = {
     ("training.finetune", "training.trainer"),
     ("training.finetune", "training.resume"),
     ("training.runlog", "diagnostics"),
+    ("training.runlog", "training.config"),
     ("training.data", "training.corpus"),
     ("training.trainer", "training.text"),
     ("training.trainer", "training.processes"),
