@@ -306,7 +306,8 @@ class Muon:
         2502.16982).
     The products are in bf16 for bf16 gradients, as torch.optim.Muon's always are; in fp32 otherwise, where
     torch.set_float32_matmul_precision("high") lets a GPU take its fast ones.
-    For matrices and batches of them (..., m, n); vectors need another rule.
+    For matrices and batches of them (..., m, n), m outputs and n inputs; vectors need another rule. Of weights that are stored
+    (inputs, outputs), as GPT-2's Conv1D, max(1, m / n) is that of the transposed matrix, in torch.optim.Muon too.
     """
 
     elementwise: ClassVar[bool] = False
