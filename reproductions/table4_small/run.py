@@ -84,6 +84,7 @@ def _lora(rank: int, rate: float | str) -> Method:
 
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", 1e-4, {"preset": "adamw"}),
+    "full_same": Method("full, embeddings at the rate of matrices", "full", {"preset": "adamw", "dense_lr": None}),
     "lora4": _lora(4, "lora8"),
     "lora8": _lora(8, 1e-3),
     "galore4": _galore(4, "galore8"),
@@ -141,7 +142,7 @@ def result_of(
                 max_valid_rows=None if search else PARTS[task].valid,
                 max_length=MAX_LENGTH,
             ),
-            FinetuneOptimConfig(lr=lr, dense_lr=REST_RATE, head_lr=head, **method.optim),
+            FinetuneOptimConfig(lr=lr, head_lr=head, **{"dense_lr": REST_RATE, **method.optim}),
             FinetuneRunConfig(
                 out=str(folder),
                 epochs=EPOCHS,
