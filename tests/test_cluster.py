@@ -166,6 +166,17 @@ def test_low_rank_averages_are_r_over_d_of_all_gradients() -> None:
     assert by_kind(traffic["passes"])["sum"] == dense + matrices
 
 
+def test_muon_sums_a_square_of_each_matrix_five_times() -> None:
+    """And exchanges, there and back, what FSDP2 has cut along its shorter dimension."""
+    model = build_model("llama-9m", overrides=SHAPE, device="meta")
+    matrices = [p for name, p in model.named_parameters() if "layers" in name and p.ndim == 2]
+    optimizer = plan_of(make_config(4, 1, **OPTIMS["subspan"]))[1]["optimizer"]
+    squares = sum(min(p.shape) ** 2 * p.element_size() for p in matrices)
+    assert by_kind(optimizer)["sum"] == pytest.approx(5 * squares, rel=0.01)
+    across = sum(p.nbytes for p in matrices if p.shape[0] < p.shape[1])
+    assert by_kind(optimizer)["exchange"] == pytest.approx(2 * across / 4, rel=0.01)
+
+
 def test_fsdp_gathers_and_scatters_in_every_pass() -> None:
     once, twice = (plan_of(make_config(4, 1, passes, **OPTIMS["galore"]))[1]["passes"] for passes in (1, 2))
     assert {place: 2 * size for place, size in once.items()} == dict(twice)

@@ -401,7 +401,7 @@ def orthogonalize(X: Tensor, shards: Parts | None = None) -> Tensor:
     if X.ndim > 3:
         return orthogonalize(X.flatten(0, -3), shards).reshape(X.shape)
     m, n, cut = (*X.shape[-2:], None) if shards is None else shards.matrix(X)
-    shards, wide = shards if cut is not None else None, m <= n
+    shards, wide = shards if cut is not None else None, m < n or (m == n and cut != 0)
     turned = shards is not None and cut != wide
     if shards is not None and turned:
         X = shards.turn(X, int(not wide), m if wide else n)
