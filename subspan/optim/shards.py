@@ -8,7 +8,7 @@ Seen as A (d, k) (projectors.py), a sharded matrix is cut along one of
     rows    the first dimension of a dense parameter: everything is local
 
 Norms are sums over processes everywhere. Muon's products are shared out (rules.py); another rule that sees a whole matrix
-(Adafactor) gets it gathered.
+(Adafactor, ColumnNorm) gets it gathered.
 """
 
 from __future__ import annotations
