@@ -16,8 +16,11 @@ from typing import Any, TypeVar
 Place = TypeVar("Place")
 
 
-def once(file: Path, out: str | Path, run: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """The result of `run(*args)`, a dict for JSON: from `file`, or by running it, with `out` for its run folder.
+def once(
+    file: Path, out: str | Path, run: Callable[..., dict[str, Any]], *args: Any, shown: str = "valid_loss"
+) -> dict[str, Any]:
+    """The result of `run(*args)`, a dict for JSON: from `file`, or by running it, with `out` for its run folder. Prints the
+    number that it has under `shown`.
 
     What has a file is not run again, so an interrupted grid goes on where it was. A process of its own, because peaks of memory
     would add up in one, and seeds and threads would leak from run to run; it ends when the one that waits for it ends.
@@ -40,7 +43,7 @@ def once(file: Path, out: str | Path, run: Callable[..., dict[str, Any]], *args:
         new.write_text(f"{rows}\n")
         new.replace(file)
     result = json.loads(file.read_text())
-    print(f"== {file.stem}: validation loss {result['valid_loss']:.4f}", flush=True)
+    print(f"== {file.stem}: {shown} {result[shown]:.4f}", flush=True)
     return dict(result)
 
 

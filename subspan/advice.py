@@ -50,8 +50,10 @@ def advise(preset: str, parameters: int) -> str:
         return f"no rates of {preset} have been measured yet: see docs/choosing.md for how to search"
     start = min(starts, key=lambda s: abs(math.log(s.parameters / parameters)))
     gap = "" if start.update_proj_gap is None else f", update_proj_gap {start.update_proj_gap}"
+    far = max(start.parameters / parameters, parameters / start.parameters)
     size = f"{start.parameters / 1e9:g} B" if start.parameters >= 1e9 else f"{start.parameters / 1e6:g} M"
+    warning = f", {far:,.0f} times away: take them as a guess" if far > 10 else ""
     return (
-        f"lr {start.lr:g}, dense_lr {start.dense_lr:g}{gap}: at {size} parameters ({start.source}); "
+        f"lr {start.lr:g}, dense_lr {start.dense_lr:g}{gap}: at {size} parameters{warning} ({start.source}); "
         "search both rates again (docs/choosing.md)"
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from subspan.memory import GIB
 from subspan.optim.presets import FULL_GRADIENT, FULL_RANK
 from subspan.plan import MemoryPlan, Planner, describe_cards, describe_optim, describe_run, with_preset
-from subspan.training.config import TrainConfig
+from subspan.training.config import TrainConfig, without_baseline
 from subspan.training.models import LLAMA, model_config
 
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 2**20, "mib": 2**20, "mb": 10**6}
@@ -20,12 +20,12 @@ UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 2**20, "mib": 2**20, "
 class Space:
     """What a search may choose from, the best first.
 
-    Presets by how close they come to full-rank AdamW. `project` before `update`, which takes no micro-batches and no clipping;
-    `hold` takes the steps of `project` with more memory. `std` is the paper's side. ranks: None: a half, a quarter and an
-    eighth of the hidden size.
+    Presets by the loss they reach, as far as that is measured (benchmarks/quality). `project` before `update`, which takes no
+    micro-batches and no clipping; `hold` takes the steps of `project` with more memory. `std` is the paper's side. ranks: None: a
+    half, a quarter and an eighth of the hidden size.
     """
 
-    presets: Sequence[str] = ("adamw", "adamw8bit", "galore", "galore8bit", "qgalore")
+    presets: Sequence[str] = ("subspan", "adamw", "adamw8bit", "galore", "galore8bit", "qgalore")
     ranks: Sequence[int] | None = None
     checkpointing: Sequence[bool] = (False, True)
     gradients: Sequence[str] = ("project", "update")
@@ -152,10 +152,10 @@ def _variant(
     config: TrainConfig, preset: str, rank: int, checkpointing: bool, gradients: str, side: str, micro_batch: int
 ) -> TrainConfig:
     batch_size = micro_batch * config.accumulation * config.parallel.count
-    baseline = config.model.baseline if preset in FULL_RANK else None
+    model = config.model if preset in FULL_RANK else without_baseline(config.model)
     return replace(
         config,
-        model=replace(config.model, activation_checkpointing=checkpointing, baseline=baseline),
+        model=replace(model, activation_checkpointing=checkpointing),
         optim=with_preset(config.optim, preset, rank=rank, gradients=gradients, proj_type=side),
         run=replace(config.run, batch_size=batch_size, micro_batch=micro_batch),
     )

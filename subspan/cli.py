@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import json
 import os
@@ -11,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 from subspan import __version__, doctor
 from subspan.extras import require
@@ -20,13 +21,19 @@ from subspan.training.config import (
     SECTIONS,
     DataConfig,
     ModelConfig,
+    Preset,
+    ProjectorName,
     RunConfig,
     TrainConfig,
     as_given,
+    check_whole,
     load_config,
     make_config,
 )
 from subspan.training.finetune_config import FINETUNE_SECTIONS, FinetuneConfig
+
+if TYPE_CHECKING:
+    from subspan.training.resume import Stopped
 
 EXPECTED = (argparse.ArgumentError, ValueError, OSError, ModuleNotFoundError, FloatingPointError)
 
@@ -65,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`, by default the process's own. Exit code 2 after an error, 130 after Ctrl-C, 143 SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = sys.argv[0] if Path(sys.argv[0]).name == "subspan" else "python -m subspan"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        command = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} -m subspan"
     if argv[:1] == ["--version"]:
         print(f"subspan {__version__}")
         return
@@ -76,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             train_command(parse_train(argv), command)
             return
         if argv[:1] == ["finetune"]:
-            finetune_command(parse_finetune(argv))
+            finetune_command(parse_finetune(argv), command)
             return
         parser, eval_parser = _parsers()
         arguments = parser.parse_args(argv)
@@ -113,21 +122,26 @@ def parse_finetune(argv: Sequence[str]) -> FinetuneConfig:
     return FinetuneConfig(**made, resume=sections["resume"])
 
 
-def finetune_command(config: FinetuneConfig) -> None:
+def finetune_command(config: FinetuneConfig, command: str) -> None:
     """`subspan finetune`."""
     from subspan.training.finetune import finetune, print_summary
+    from subspan.training.resume import Stopped
 
     _no_progress_bars()
     require("transformers.utils.logging", "train").set_verbosity_error()  # that a head is new is said by the run itself
-    print_summary(finetune(config))
+    try:
+        print_summary(finetune(config))
+    except Stopped as stopped:
+        _stop(stopped, command)
 
 
 def train_command(config: TrainConfig, command: str) -> None:
     """`subspan train`."""
     from subspan.plan import planned_and_measured
+    from subspan.training.optimizers import build_optimizer
     from subspan.training.resume import Stopped
     from subspan.training.runlog import describe_summary
-    from subspan.training.trainer import build_optimizer, train
+    from subspan.training.trainer import train
 
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     embeddings = []
@@ -140,14 +154,18 @@ def train_command(config: TrainConfig, command: str) -> None:
     try:
         summary = train(config, build)
     except Stopped as stopped:
-        if first:
-            print(f"subspan: {stopped.message(command)}", file=sys.stderr)
-        raise SystemExit(128 + stopped.signal_number) from None
+        _stop(stopped, command if first else None)
     if first:
         print(f"\n{describe_summary(summary, command)}")
     if config.parallel.count == 1:
         measured = summary["peak_memory_bytes"], summary["device"]
         print(f"\nmemory  {planned_and_measured(config, embeddings[0], *measured)[1]}")
+
+
+def _stop(stopped: Stopped, command: str | None) -> NoReturn:
+    if command:
+        print(f"subspan: {stopped.message(command)}", file=sys.stderr)
+    raise SystemExit(128 + stopped.signal_number) from None
 
 
 def report_command(runs: Sequence[str], out: str | None, figure: str | None) -> None:
@@ -172,15 +190,17 @@ def report_command(runs: Sequence[str], out: str | None, figure: str | None) -> 
 def eval_command(config: TrainConfig | None, arguments: dict[str, Any]) -> None:
     """`subspan eval`: `config` is the run's, None where `arguments["model"]` is no run folder."""
     from subspan.training.evaluation import evaluate
-    from subspan.training.models import build_model
+    from subspan.training.models import build_model, model_config
     from subspan.training.text import check_vocabulary, load_data
     from subspan.training.trainer import find_device
 
     _no_progress_bars()
+    if config is None:
+        model_config(arguments["model"])  # a wrong name is not the tokenizer's
     run = Path(arguments["model"])
     name = str(run / "model") if config else arguments["model"]
     if config and not Path(name).is_dir():
-        raise ValueError(f"{run} holds no exported model: train with --run.export true")
+        raise ValueError(f"{run} holds no exported model: it has not ended, or was trained with --run.export false")
     before = config.data if config else DataConfig()
     given = arguments["data"]
     files, dataset = (bool(given[name]) and given[name] != getattr(before, name) for name in ("files", "dataset"))
@@ -310,9 +330,12 @@ def plan_config(arguments: Any) -> tuple[TrainConfig, int | None]:
         gpus_per_node = next(number for number in (gpus_per_node, shard, 1) if number is not None)
         parallel = layout(1 if nodes is None else nodes, gpus_per_node, shard)
     micro_batch, accumulation = (
-        arguments.micro_batch or config.micro_batch,
-        arguments.accumulation or config.accumulation,
+        getattr(config, name) if arguments[name] is None else arguments[name]
+        for name in ("micro_batch", "accumulation")
     )
+    check_whole("accumulation", accumulation, minimum=1)
+    check_whole("micro_batch", micro_batch, minimum=1)
+    check_whole("vocab_size", arguments.vocab_size, minimum=1, optional=True)
     sections["parallel"] = dataclasses.asdict(parallel)
     sections["run"] |= {"micro_batch": micro_batch, "batch_size": micro_batch * accumulation * parallel.count}
     return make_config(sections), arguments.vocab_size or vocab_size
@@ -327,6 +350,7 @@ def one_line(error: BaseException) -> str:
     message = re.sub(r'^Parser key "([\w.]+)": ', r"--\1: ", message)
     message = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)$", r"expected \1, got \2", message)
     message = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)$", r"expected one of \1, got \2", message)
+    message = re.sub(r"^Subcommand '(\w+)' does not accept option '([\w.]+)'.*", _unknown_option, message)
     if message.startswith('expected "subcommand"'):
         message = (
             "a command is missing: subspan train or subspan eval, finetune, plan, report or doctor, see subspan --help"
@@ -334,6 +358,20 @@ def one_line(error: BaseException) -> str:
     if message.startswith("unrecognized arguments") and "--" not in message:
         message += " (quote a pattern of files, or the shell makes many words of it)"
     return message
+
+
+def _unknown_option(found: re.Match[str]) -> str:
+    command, name = found[1], found[2]
+    known = {
+        kind: [
+            f"{section}.{field.name}" for section, made_by in sections.items() for field in dataclasses.fields(made_by)
+        ]
+        for kind, sections in (("train", SECTIONS), ("finetune", FINETUNE_SECTIONS))
+    }
+    near = difflib.get_close_matches(name, known.get(command, []), 1)
+    other = [kind for kind, names in known.items() if name in names]
+    hint = f", subspan {other[0]} has it" if other else f", {near[0]} is near" if near else ""
+    return f"{name} is no option of subspan {command}{hint}: see subspan {command} --help"
 
 
 def _parsers() -> tuple[Any, Any]:
@@ -374,9 +412,7 @@ def _parsers() -> tuple[Any, Any]:
     evaluate.add_class_arguments(DataConfig, "data", skip=NOT_IN_EVAL)
     evaluate.add_argument("--batch_size", type=int, default=8, help="sequences at a time")
     evaluate.add_argument("--sequences", type=int | None, default=None, help="sequences to use; null: all")
-    evaluate.add_argument(
-        "--dtype", type=str, choices=["float32", "bfloat16"], default="float32", help="of the weights"
-    )
+    evaluate.add_argument("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="of the weights")
     evaluate.add_argument("--autocast", type=bool, default=False, help="bfloat16 arithmetic where it is safe")
     evaluate.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     evaluate.add_argument(
@@ -396,17 +432,21 @@ def _parsers() -> tuple[Any, Any]:
     )
     plan.add_argument("--config", type=str | None, help="recipe to start from; options here win over it")
     option = functools.partial(_plan_option, plan)
-    option("preset", str | None, "galore, galore8bit, qgalore, paper, adamw, adamw8bit, ...")
+    option("preset", str | None, f"{', '.join(get_args(Preset))}; galore without a recipe")
     option("rank", int | None, "dimensions of the subspace; a quarter of the hidden size without a recipe")
     option("proj_type", str | None, "side of the basis: std (the short one), reverse_std, left, right")
-    option("projector", str | None, "how the subspace is found")
-    option("gradients", str | None, "hold, project or update")
+    option(
+        "projector",
+        str | None,
+        f"how the subspace is found: {', '.join(get_args(ProjectorName))}; null: as the preset does",
+    )
+    option("gradients", str | None, "hold, project (where the preset can) or update")
     option("state_dtype", str | None, "of the moments: float32, bfloat16, int8, int4")
     option("basis_dtype", str | None, "of the bases: float32, bfloat16, int4")
     option("dtype", str | None, "of weights and gradients: bfloat16 (without a recipe) or float32")
-    option("micro_batch", int | None, "sequences per forward and backward pass")
+    option("micro_batch", int | None, "sequences per forward and backward pass; 1 without a recipe")
     option("accumulation", int | None, "forward and backward passes per step")
-    option("seq_len", int | None, "tokens per sequence")
+    option("seq_len", int | None, "tokens per sequence; 256 without a recipe")
     option("vocab_size", int | None, "rows of the embedding of a llama-* size; 32,000 without a recipe")
     option("activation_checkpointing", bool | None, "true: recompute activations in the backward pass")
     option("nodes", int | None, "machines; the plan is of one process on one GPU")

@@ -5,9 +5,9 @@
     subspan.compat.install()        # or: from here on `import galore_torch` means Subspan, in code that cannot be changed as well
 
 These follow the reference's conventions: exact SVD at every `update_proj_gap` steps from the current gradient, eps before the
-bias correction (1e-6), weight decay after the update, state and basis in the parameter's dtype, square matrices on the
-right. They do not follow its defects: state is plain tensors that resume, `reverse_std` works on every shape, wrong values
-are errors, a gradient with nan kills neither the run nor a basis, a closure may call backward.
+bias correction (1e-6), weight decay after the update, state and basis in the parameter's dtype (Adafactor's moments in fp32),
+square matrices on the right. They do not follow its defects: state is plain tensors that resume, `reverse_std` works on every
+shape, wrong values are errors, a gradient with nan kills neither the run nor a basis, a closure may call backward.
 `subspan.GaLoreAdamW` follows torch.optim.AdamW instead.
 """
 
@@ -148,7 +148,12 @@ class GaLoreAdafactor(_Compat):
             raise ValueError("lr=None is not supported: give a learning rate, such as lr=1e-3")
         # eps[1] bounds the scale of scale_parameter=True and has no effect without it
         super().__init__(
-            params, lr, Adafactor(eps[0], clip_threshold, decay_rate), weight_decay, decay_after_update=False
+            params,
+            lr,
+            Adafactor(eps[0], clip_threshold, decay_rate),
+            weight_decay,
+            decay_after_update=False,
+            state_dtype=torch.float32,
         )
 
 

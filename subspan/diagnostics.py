@@ -52,7 +52,7 @@ through codes (or bf16) between the two, as they do between any two steps.
 class Diagnostics:
     """Watches the refreshes of `optimizer`; `model` gives the names.
 
-    Raises ValueError for gradients="update", which leaves no gradient to read.
+    Raises ValueError for gradients="update", which leaves no gradient to read, and for another model.
     """
 
     def __init__(self, optimizer: ProjectedOptimizer, model: nn.Module) -> None:
@@ -62,6 +62,8 @@ class Diagnostics:
             )
         self.optimizer = optimizer
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        if any(p not in self.names for group in optimizer.param_groups if "rank" in group for p in group["params"]):
+            raise ValueError("model lacks parameters that optimizer projects: give the model that it trains")
         self._seen: list[tuple[Tensor, Tensor, Tensor, Tensor | None, float]] = []
 
     @torch.no_grad()
@@ -119,7 +121,8 @@ class Diagnostics:
         if W is not None:
             keep = 1 - group["lr"] * group["weight_decay"]
             D = orient(as_matrix(W * keep - _values(p), group), side)
-            row["outside"] = (1 - captured_energy(D, new)).clamp_min(0)
+            if bool(D.any()):  # not with a learning rate of 0
+                row["outside"] = (1 - captured_energy(D, new)).clamp_min(0)
         return {key: float(value.mean()) for key, value in row.items()}
 
     def _state_error(self, p: Tensor, group: dict[str, Any], R: Tensor, dtype: torch.dtype) -> Tensor | None:

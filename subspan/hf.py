@@ -15,6 +15,7 @@ Trainer's own and right. The callback adds what Trainer does not tell: grouping,
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import math
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -39,8 +40,9 @@ from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.plan import MemoryPlan, planned_and_measured
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from subspan.training.evaluation import EvalResult
+from subspan.training.optimizers import make_optimizer
 from subspan.training.runlog import json_ready, lines_until
-from subspan.training.trainer import describe_device, make_optimizer, versions
+from subspan.training.trainer import describe_device, versions
 
 require("transformers", "hf")
 require("accelerate", "hf")
@@ -121,6 +123,12 @@ def _config(args: TrainingArguments, preset: str, optim: dict[str, Any]) -> Opti
         raise ValueError(
             f"gradients={given['gradients']!r} leaves none for fp16's GradScaler or for DistributedDataParallel: "
             "use gradients='hold', and bf16 for fp16"
+        )
+    known = [f.name for f in fields(OptimConfig)]
+    for name in optim.keys() - known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise ValueError(
+            f"{name}={optim[name]!r} is no field of OptimConfig: {f'{near[0]} is near' if near else ', '.join(known)}"
         )
     try:
         config = OptimConfig(lr=args.learning_rate, weight_decay=args.weight_decay, **given)

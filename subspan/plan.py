@@ -46,8 +46,8 @@ from subspan.traffic import Payload
 from subspan.training.baselines import add_baseline
 from subspan.training.config import OF_BASES, OptimConfig, TrainConfig, as_given
 from subspan.training.models import build_model
+from subspan.training.optimizers import build_optimizer, groups_of
 from subspan.training.processes import make_mesh, shard_model
-from subspan.training.trainer import build_optimizer, groups_of
 
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80)
 """Memory of common cards in GiB."""
@@ -165,14 +165,15 @@ def describe_optim(config: TrainConfig) -> str:
     """Preset, rank, side and gradients in words."""
     run = describe_run(config)
     rank = f", rank {run['rank']} ({run['proj_type']})" if run["rank"] else ""
-    return f"{run['preset']}{rank}, gradients {run['gradients']}"
+    whole = run["preset"] in FULL_RANK and run["gradients"] == "project"  # of nothing
+    return f"{run['preset']}{rank}, gradients {'hold' if whole else run['gradients']}"
 
 
 def with_preset(optim: OptimConfig, preset: str, **changes: Any) -> OptimConfig:
     """`optim` with another preset; what that one cannot have is dropped, projected gradients become full ones."""
     values = as_given(optim) | changes
     if preset in FULL_RANK:
-        values |= dict.fromkeys(OF_BASES)
+        values |= {name: getattr(OptimConfig, name) for name in OF_BASES}
     if preset in FULL_GRADIENT and values["gradients"] == "project":
         values["gradients"] = "hold"
     return type(optim)(**{**values, "preset": preset})

@@ -15,7 +15,8 @@ import subspan
 from subspan.plan import plan_memory
 from subspan.training.baselines import Factorized, add_baseline, merge, restart_adapters, restart_factor
 from subspan.training.models import build_model
-from subspan.training.trainer import groups_of, train
+from subspan.training.optimizers import groups_of
+from subspan.training.trainer import train
 
 pytest.importorskip("peft")
 KINDS = ("lora", "relora", "factorized")
@@ -24,7 +25,7 @@ KINDS = ("lora", "relora", "factorized")
 def configure(folder: Path, kind: str, *, rank: int = 4, steps: int = 20, **model: Any) -> Any:
     return tiny_config(
         folder,
-        model={"baseline": kind, "merge_every": 8, "rewarm_steps": 3, **model},
+        model={"baseline": kind, **({"merge_every": 8, "rewarm_steps": 3} if kind == "relora" else {}), **model},
         optim={"preset": "adamw", "lr": 0.01, "rank": rank},
         run={"steps": steps},
     )

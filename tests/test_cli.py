@@ -68,7 +68,7 @@ def test_what_the_end_of_a_run_proposes_works(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     "sections",
     [
-        {"optim": {"moments": "transport", "moments_gate": 0.5, "adaptive_refresh": 0.6, "max_update_proj_gap": 50}},
+        {"optim": {"moments": "transport", "moments_gate": 0.5, "adaptive_refresh": 0.6, "max_update_proj_gap": 500}},
         {"optim": {"projector": "svd", "basis_dtype": "int4"}, "run": {"diagnostics": True}},
         {"optim": {"preset": "fira"}, "run": {"diagnostics": True}},
         {"optim": {"preset": "adamw"}, "model": {"baseline": "lora"}},
@@ -164,6 +164,17 @@ def test_eval_of_other_text_than_the_run_had(tmp_path: Path, capsys: pytest.Capt
     assert f", {tmp_path}/text.txt\n" in capsys.readouterr().out
 
 
+def test_an_unknown_option_of_a_recipe_is_told_what_is_near(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for text, said in (
+        ("optim: {ranks: 4}", "optim.ranks is no option of subspan train, optim.rank is near"),
+        ("data: {max_length: 4}", "data.max_length is no option of subspan train, subspan finetune has it"),
+    ):
+        recipe.write_text(text)
+        assert run("train", "--config", str(recipe)) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_eval_says_when_the_text_is_another_one_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tiny_config(tmp_path))
     write_text(tmp_path, seed=9)
@@ -175,6 +186,7 @@ def test_eval_says_when_the_text_is_another_one_now(tmp_path: Path, capsys: pyte
     ("words", "named"),
     [
         (["--optim.proj_type", "sdt"], "--optim.proj_type"),
+        (["--optim.ranks", "4"], "--optim.ranks"),
         (["--optim.rank", "0"], "optim.rank=0"),
         (["--optim.rank", "many"], "--optim.rank: expected int, got many"),
         (["--optim.rnk", "8"], "--optim.rnk"),

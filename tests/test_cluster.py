@@ -24,8 +24,8 @@ from subspan.plan import MemoryPlan, Planner
 from subspan.traffic import Payload, Traffic
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from subspan.training.models import LLAMA, build_model
+from subspan.training.optimizers import build_optimizer, groups_of
 from subspan.training.processes import Processes, make_mesh, shard_model
-from subspan.training.trainer import build_optimizer, groups_of
 
 SHAPE = {
     "hidden_size": 64,

@@ -11,6 +11,7 @@ from subspan.training.config import (
     load_config,
     save_config,
 )
+from subspan.training.finetune_config import ClassifierConfig, TaskConfig
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
@@ -53,6 +54,33 @@ def test_another_file_is_no_configuration(tmp_path: Path, content: str) -> None:
         (OptimConfig, {"projector": "svd", "preset": "adamw"}, "optim.projector"),
         (OptimConfig, {"basis_dtype": "int4", "preset": "adamw8bit"}, "optim.basis_dtype"),
         (OptimConfig, {"adaptive_refresh": 0.6, "preset": "adamw"}, "optim.adaptive_refresh"),
+        (OptimConfig, {"align": True, "preset": "adamw"}, "optim.align=True"),
+        (OptimConfig, {"adaptive_refresh": 0.6, "max_update_proj_gap": 300}, "no room to double"),
+        (OptimConfig, {"compile": True, "preset": "adafactor"}, "optim.compile=true has no effect"),
+        (ModelConfig, {"train_rest": False}, "model.train_rest=False has no effect without model.baseline"),
+        (ModelConfig, {"baseline": "factorized", "lora_alpha": 8.0}, "model.lora_alpha=8.0 has no effect"),
+        (ModelConfig, {"baseline": "lora", "merge_every": 8}, "model.merge_every=8 has no effect"),
+        (ClassifierConfig, {"lora_dropout": 0.1}, "model.lora_dropout=0.1 has no effect"),
+        (
+            TaskConfig,
+            {"folder": "glue", "task": "cola", "valid_split": "test"},
+            "data.valid_split='test' has no effect",
+        ),
+        (
+            TrainConfig,
+            {"optim": OptimConfig(stochastic_rounding=True)},
+            "optim.stochastic_rounding=true is for weights",
+        ),
+        (
+            TrainConfig,
+            {"optim": OptimConfig(preset="qgalore", stochastic_rounding=False)},
+            "optim.stochastic_rounding=false has no effect",
+        ),
+        (
+            TrainConfig,
+            {"model": ModelConfig(baseline="lora"), "optim": OptimConfig(preset="adamw", targets=["q_proj"])},
+            "optim.targets=['q_proj']",
+        ),
         (OptimConfig, {"basis_dtype": "int8"}, "optim.basis_dtype='int8'"),
         (OptimConfig, {"state_dtype": "int2"}, "optim.state_dtype='int2'"),
         (OptimConfig, {"dense_rule": "adam8"}, "optim.dense_rule='adam8'"),

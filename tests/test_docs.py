@@ -179,8 +179,8 @@ def check_command(words: list[str]) -> None:
             raise ValueError(f"the Makefile has no target {rest[0]}")
     elif words[:2] == ["pip", "install"]:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        name, extra = re.fullmatch(r"(\w+)(?:\[(\w+)\])?", rest[1]).groups()
-        if name != project["name"] or (extra and extra not in project["optional-dependencies"]):
+        name, extra = re.fullmatch(r"(-e \.|\w+)(?:\[(\w+)\])?", " ".join(rest[1:])).groups()
+        if name not in (project["name"], "-e .") or (extra and extra not in project["optional-dependencies"]):
             raise ValueError(f"pyproject.toml has no {rest[1]}")
     else:
         raise KeyError(program)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import random
 import shutil
+import signal
 import statistics
 from pathlib import Path
 from typing import Any
@@ -38,8 +41,9 @@ from subspan.training.finetune_config import (
     FinetuneRunConfig,
     TaskConfig,
 )
+from subspan.training.optimizers import groups_of, make_optimizer
+from subspan.training.resume import Stopped
 from subspan.training.tasks import load_task
-from subspan.training.trainer import groups_of, make_optimizer
 
 pytest.importorskip("sklearn")
 pytest.importorskip("peft")
@@ -230,6 +234,9 @@ def test_a_run_that_died_goes_on_and_ends_the_same(
     assert numbers_of(finetune(more))[:2] == numbers_of(whole)
     assert seeds == [2, 3]
 
+    one = dataclasses.replace(parts, run=dataclasses.replace(parts.run, seeds=[3]))
+    assert [result["seed"] for result in finetune(one)["seeds"]] == [1, 2, 3]  # none is forgotten
+
     file = tmp_path / "run" / "config.yaml"
     assert "gradients: null" in file.read_text()
     file.write_text(
@@ -244,6 +251,35 @@ def test_a_run_that_died_goes_on_and_ends_the_same(
     write_rows(tmp_path / "tasks" / "halves" / "dev.jsonl", [{"sentence": "red", "label": 1}])
     with pytest.raises(ValueError, match="is of other rows"):
         finetune(parts)
+
+
+def test_warm_up_and_decay(tmp_path: Path, encoder: str) -> None:
+    run = {"epochs": 1, "warmup_ratio": 0.25, "decay": "cosine", "min_lr_ratio": 0.1}
+    finetune(configure(tmp_path, encoder, optim={"lr": 1.0}, run=run))
+    lines = map(json.loads, (tmp_path / "run" / "seed_0" / "metrics.jsonl").open())
+    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(1, 7)]
+    assert [line["lr"] for line in lines if "loss" in line] == pytest.approx([0.5, 1.0, *cosine])
+
+
+def test_a_signal_ends_it_after_the_step(tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there then goes on from the last epoch, with the same numbers."""
+    run = {"epochs": 3, "checkpoint_every": 1}
+    whole = finetune(configure(tmp_path, encoder, run={**run, "out": str(tmp_path / "whole")}))
+    calls, batch_loss = iter(range(1000)), module.batch_loss
+
+    def kicked(*args: Any) -> Any:
+        if next(calls) == 11:  # in the second of eight steps each
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_loss(*args)
+
+    monkeypatch.setattr(module, "batch_loss", kicked)
+    config = configure(tmp_path, encoder, run=run)
+    with pytest.raises(
+        Stopped, match=r"SIGTERM after step 1\d of 24, epochs that ended are saved; go on with: .* finetune"
+    ):
+        finetune(config)
+    config.resume = "auto"
+    assert numbers_of(finetune(config)) == numbers_of(whole)
 
 
 # ------------------------------------------------------------------------------------------- models and settings

@@ -149,6 +149,7 @@ def test_other_optimizers_are_clipped_as_before(tmp_path: Path) -> None:
         ({"optim_target_modules": ["attn"]}, {}, r"targets=\[...\]"),
         ({"optim_args": "rank=8"}, {}, "optim_args='rank=8' is for Trainer's own GaLore"),
         ({}, {"preset": "galor"}, "^preset='?galor"),
+        ({}, {"ran": 3}, "ran=3 is no field of OptimConfig: rank is near"),
         ({}, {"rank": 0}, "^rank=0"),
         ({}, {"preset": "fira", "gradients": "project"}, "use gradients=hold"),
         (

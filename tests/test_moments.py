@@ -11,9 +11,16 @@ from torch import nn
 import subspan
 from subspan.optim import quant
 from subspan.optim.projectors import align, orient, random_basis
-from subspan.optim.rules import Adafactor, Adam, Lion, SGDMomentum
+from subspan.optim.rules import Adafactor, Adam, ColumnNorm, Lion, Muon, SGDMomentum
 
-RULES = {"adam": Adam(), "lion": Lion(), "sgd": SGDMomentum(), "adafactor": Adafactor()}
+RULES = {
+    "adam": Adam(),
+    "lion": Lion(),
+    "sgd": SGDMomentum(),
+    "adafactor": Adafactor(),
+    "muon": Muon(),
+    "column norm": ColumnNorm(0.9),
+}
 
 
 def drawn(shape, seed):
@@ -73,7 +80,7 @@ def test_moments_do_not_change_with_a_basis_that_does_not(monkeypatch, rule, sta
             torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", ["adam", "lion", "sgd"])
+@pytest.mark.parametrize("rule", ["adam", "lion", "sgd", "muon", "column norm"])
 def test_signs_that_change_are_undone_by_transport_or_alignment(rule):
     still, _ = trained("still", "keep", RULES[rule])
     for moments, options in (("transport", {}), ("keep", {"align": True})):
@@ -81,6 +88,20 @@ def test_signs_that_change_are_undone_by_transport_or_alignment(rule):
         torch.testing.assert_close(turned, still, rtol=1e-4, atol=1e-5)
     kept, _ = trained("flipped", "keep", RULES[rule])
     assert (kept - still).abs().max() > 0.01
+
+
+def test_adafactors_rows_are_those_of_turned_gradients():
+    """R of independent rows with variances of their own, seen often: in another basis, Adafactor that ran there."""
+    generator = torch.Generator().manual_seed(0)
+    rule, C = Adafactor(), random_basis((4, 4), seed=1)
+    deviation = torch.tensor([0.1, 1.0, 2.0, 0.5])
+    here, there = (rule.init(torch.empty(4, 4000)) for _ in range(2))
+    for t in range(1, 6):
+        R = deviation[:, None] * torch.randn(4, 4000, generator=generator)
+        rule.update(R, here, torch.tensor(float(t)))
+        rule.update(C @ R, there, torch.tensor(float(t)))
+    rule.transport(here, C, 5)
+    torch.testing.assert_close(here["exp_avg_sq_row"], there["exp_avg_sq_row"], rtol=0.05, atol=0)
 
 
 def test_transported_second_moments_are_those_of_turned_gradients():

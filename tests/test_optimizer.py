@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 import statistics
 
 import pytest
@@ -13,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.utils.flop_counter import FlopCounterMode
 
 import subspan
-from subspan.optim import quant
+from subspan.optim import presets, quant
 from subspan.optim.projectors import captured_energy, orient, random_basis
 from subspan.optim.rules import Adafactor, Adam, ColumnNorm, Lion, SGDMomentum
 
@@ -455,6 +456,36 @@ def test_a_deep_copy_steps_like_the_original():
     assert twin.param_groups[0]["params"][0] is twin_model.weight
 
 
+def test_a_deep_copy_beside_a_scheduler_steps_itself():
+    """A scheduler puts a step of its own before the class's, which holds on to the original."""
+    model = nn.Linear(8, 6)
+    optimizer = subspan.GaLoreAdamW([group(model.weight), {"params": [model.bias]}])
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    before = model.weight.detach().clone()
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    feed(twin, list(twin_model.parameters()), 1)
+    assert model.weight.equal(before)
+    assert not twin_model.weight.equal(before)
+    pickle.dumps(optimizer)
+
+
+def test_torch_defaults_do_not_reach_state():
+    """Counters are fp32 on the CPU, or a step beyond 256 would be rounded, whatever new tensors are by default."""
+    p = nn.Parameter(torch.randn(6, 8))
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        optimizer = subspan.GaLoreAdamW([group(p)], gradients="hold", refresh=subspan.Refresh(first="random"))
+        counters = [optimizer.state[p][key] for key in ("step", "refreshes", "last_refresh", "stretch")]
+        p.grad = torch.ones(6, 8, dtype=torch.float32, device="cpu")
+        optimizer.step()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+    assert {(X.dtype, X.device.type) for X in (*counters, optimizer.grad_norm)} == {(torch.float32, "cpu")}
+
+
 def test_torch_schedulers_work():
     model = nn.Linear(8, 6)
     optimizer = subspan.GaLoreAdamW([group(model.weight, lr=0.1), {"params": [model.bias]}], lr=0.2)
@@ -553,6 +584,66 @@ def test_stacked_experts_are_projected_one_by_one(proj_type):
     torch.testing.assert_close(stacked.detach(), torch.stack([p.detach() for p in single]))
 
 
+@pytest.mark.parametrize("projector", [subspan.SVD(), subspan.SubspaceIteration()])
+def test_an_expert_without_tokens_keeps_its_basis(projector):
+    torch.manual_seed(0)
+    stacked = nn.Parameter(torch.randn(2, 6, 10))
+    optimizer = subspan.GaLoreAdamW([group(stacked, view="batch", update_proj_gap=2)], projector=projector)
+    feed(optimizer, [stacked], 2)
+    before = optimizer.basis(stacked).clone()
+    stacked.grad = torch.randn(2, 6, 10)
+    stacked.grad[1] = 0
+    optimizer.step()
+    after = optimizer.basis(stacked)
+    assert after[1].equal(before[1])
+    assert not after[0].equal(before[0])
+
+
+def test_moments_of_fp64_are_transported():
+    p = nn.Parameter(torch.randn(6, 8, dtype=torch.float64))
+    optimizer = subspan.GaLoreAdamW([group(p, update_proj_gap=1)], refresh=subspan.Refresh(moments="transport"))
+    feed(optimizer, [p], 3)
+    assert bool(p.isfinite().all())
+
+
+@pytest.mark.parametrize("rule", [Adafactor(), Adam(), Lion(), SGDMomentum()])
+@pytest.mark.parametrize("combine", [None, subspan.Fira(), subspan.Frugal(), subspan.Apollo()])
+def test_in_update_a_first_gradient_of_nan_leaves_weights_alone(rule, combine):
+    """Even of a rule that divides zeros by zeros."""
+    W, b = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(8))
+    before = [W.detach().clone(), b.detach().clone()]
+    groups = [group(W), {"params": [b]}]
+    optimizer = subspan.ProjectedOptimizer(groups, 0.1, rule=rule, combine=combine, gradients="update")
+    ((W.sum() + b.sum()) * float("nan")).backward()
+    optimizer.step()
+    assert W.equal(before[0])
+    assert b.equal(before[1])
+
+
+@pytest.mark.parametrize("how", ["backward", "clip", "zero_grad"])
+def test_in_hold_a_step_takes_the_gradients_of_now(how):
+    """Not those that prepare() saw: a backward pass, torch's clipping, a zero_grad() of the model come between as they like."""
+    moved = []
+    for prepared in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(8, 6)
+        optimizer = subspan.GaLoreAdamW([group(model.weight), {"params": [model.bias]}], lr=0.1, max_grad_norm=1.0)
+        feed(optimizer, list(model.parameters()), 2)
+        model(torch.ones(2, 8)).square().sum().backward()
+        if prepared:
+            optimizer.prepare()
+        if how == "clip":
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        else:
+            if how == "zero_grad":
+                model.zero_grad()
+            model(torch.full((2, 8), -3.0)).sum().backward()
+        optimizer.step()
+        moved.append((model.weight.detach().clone(), float(optimizer.grad_norm)))
+    assert moved[0][0].equal(moved[1][0])
+    assert moved[0][1] == moved[1][1]
+
+
 # ------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -574,6 +665,7 @@ def test_stacked_experts_are_projected_one_by_one(proj_type):
         ((8,), {}, "put it in a group without rank"),
         ((2, 6, 8), {}, "view='conv'"),
         ((0, 8), {}, "is empty"),
+        ((6, 8), {"maximize": True}, "maximize=True"),
     ],
 )
 def test_a_bad_group_is_refused(shape, settings, message):
@@ -592,6 +684,45 @@ def test_a_bad_group_added_later_leaves_the_optimizer_as_it_was():
     optimizer.add_param_group({"params": [q]})
     feed(optimizer, [p, q], 2)
     assert optimizer.state[q]["step"].item() == 2
+
+
+def test_a_group_whose_rule_refuses_a_parameter_leaves_nothing_behind():
+    p, q, v = (nn.Parameter(torch.randn(shape)) for shape in ((6, 8), (4, 8), (8,)))
+    optimizer = presets.muon([{"params": [p], "full_rank": True}])
+    with pytest.raises(ValueError, match="Muon"):
+        optimizer.add_param_group({"params": [q, v], "full_rank": True})
+    optimizer.add_param_group({"params": [q], "full_rank": True})
+    optimizer.add_param_group({"params": [v]})
+    feed(optimizer, [p, q, v], 2)
+    assert [optimizer.state[x]["step"].item() for x in (p, q, v)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("settings", [{"full_rank": True}, {"rank": 2}])
+def test_a_weight_in_another_memory_format_is_refused(settings):
+    conv = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+    groups = [{"params": [conv.weight], "view": "conv", **settings}]
+    with pytest.raises(ValueError, match="not contiguous: call"):
+        subspan.GaLoreAdamW(groups)
+    conv.to(memory_format=torch.contiguous_format)
+    optimizer = subspan.GaLoreAdamW(groups)
+    conv.to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="not contiguous any more"):
+        feed(optimizer, [conv.weight], 1)
+
+
+def test_a_rule_that_would_step_nothing_is_refused():
+    """muon(model.parameters()) would be AdamW with Muon's learning rate."""
+    with pytest.raises(ValueError, match="rule=Muon would step nothing"):
+        presets.muon(nn.Linear(8, 6).parameters())
+
+
+def test_names_in_another_order_are_refused():
+    def build(*names):
+        return subspan.GaLoreAdamW([{"params": [(name, nn.Parameter(torch.randn(4, 4))) for name in names]}])
+
+    with pytest.raises(ValueError, match="another order, b where a is here"):
+        build("a", "b").load_state_dict(build("b", "a").state_dict())
+    build("a", "b").load_state_dict(build("x", "y").state_dict())  # of a model under another name
 
 
 def test_a_group_with_a_name_may_have_a_rule_of_its_own():
@@ -641,6 +772,7 @@ def test_a_group_with_a_name_may_have_a_rule_of_its_own():
         ({"rules": {"head": Adafactor()}, "dense_state_dtype": torch.int8}, "no moment to store with Adafactor"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
         ({"state_dtype": torch.int16}, "state_dtype=torch.int16"),
+        ({"state_dtype": torch.float8_e4m3fn}, "state_dtype=torch.float8_e4m3fn"),
         ({"dense_state_dtype": torch.uint8}, "dense_state_dtype=torch.uint8"),
         ({"basis_dtype": torch.int8}, "basis_dtype=torch.int8"),
         ({"dense_rule": subspan.Adafactor(), "dense_state_dtype": torch.int8}, "no moment to store with Adafactor"),
@@ -685,11 +817,17 @@ def test_a_gradient_of_another_memory_layout_is_read_right():
     assert moved[0].equal(moved[1])
 
 
-def test_sparse_gradients_are_refused():
+@pytest.mark.parametrize("gradients", ["hold", "project", "update"])
+def test_sparse_gradients_are_refused(gradients):
     embedding = nn.Embedding(10, 4, sparse=True)
-    embedding(torch.tensor([1, 2])).sum().backward()
+    optimizer = subspan.GaLoreAdamW([group(embedding.weight)], gradients=gradients)
+
+    def step():
+        embedding(torch.tensor([1, 2])).sum().backward()
+        optimizer.step()
+
     with pytest.raises(ValueError, match="sparse=False"):
-        subspan.GaLoreAdamW(embedding.parameters()).step()
+        step()
 
 
 @pytest.mark.parametrize("how", ["step", "load_state_dict"])

@@ -106,6 +106,20 @@ COMPAT = {
 }
 
 
+def test_adafactor_of_bf16_weights_keeps_its_moments_in_fp32_as_the_reference_does():
+    """In bf16 they would stand still late in a training, where a step moves them by less than a 256th."""
+    seen = []
+    for make in (reference_adafactor(), lambda groups: compat.GaLoreAdafactor(groups, lr=0.01)):
+        p = torch.nn.Parameter(torch.ones(4, 6, dtype=torch.bfloat16))
+        optimizer = make(projected(p))
+        for step in range(3):
+            p.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)).bfloat16()
+            optimizer.step()
+        seen.append(optimizer.state[p]["exp_avg_sq_row"])
+    assert [row.dtype for row in seen] == [torch.float32] * 2
+    torch.testing.assert_close(seen[1], seen[0], rtol=0.02, atol=0)  # R of bf16 here
+
+
 @pytest.mark.parametrize("case", COMPAT)
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -312,7 +326,7 @@ def test_state_that_the_reference_saved_is_refused_with_what_differs():
     theirs = reference_adamw()(projected(p))
     p.grad = torch.randn(4, 6)
     theirs.step()
-    with pytest.raises(ValueError, match=r"'step': 'int'.*same rank, proj_type and rule"):
+    with pytest.raises(ValueError, match=r"'step': 'int'.*same rank, proj_type, rule"):
         compat.GaLoreAdamW(projected(p)).load_state_dict(theirs.state_dict())
 
 

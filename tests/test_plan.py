@@ -28,7 +28,7 @@ from subspan.plan import Planner, plan_memory
 from subspan.report.figures import compare_methods
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from subspan.training.models import build_model
-from subspan.training.trainer import build_optimizer
+from subspan.training.optimizers import build_optimizer
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 2}
 STEPS = 3

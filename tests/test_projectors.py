@@ -166,6 +166,14 @@ def test_warm_subspace_iteration_follows_a_drifting_gradient():
         assert captured_energy(G, previous) >= 0.99 * exact
 
 
+@pytest.mark.parametrize(("rank", "products"), [(8, 1), (7, 2)])
+def test_warm_subspace_iteration_makes_two_products_below_an_eighth(rank, products):
+    G, previous = decaying(64, 96, seed=0), random_basis((64, rank), seed=1)
+    expected = SubspaceIteration(n_iter=products).basis(G, "left", rank, previous, 0)
+    assert SubspaceIteration().basis(G, "left", rank, previous, 0).equal(expected)
+    assert not SubspaceIteration(n_iter=3 - products).basis(G, "left", rank, previous, 0).equal(expected)
+
+
 def test_subspace_iteration_leaves_a_converged_basis_where_it_is():
     G = decaying(32, 48, seed=3)
     exact = SVD().basis(G, "left", 6, None, 0)

@@ -8,7 +8,7 @@ from subspan.cli import parse_finetune, parse_train
 from subspan.memory import count_memory
 from subspan.training.config import TrainConfig
 from subspan.training.models import build_model
-from subspan.training.trainer import build_optimizer
+from subspan.training.optimizers import build_optimizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

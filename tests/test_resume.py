@@ -25,8 +25,9 @@ from subspan.training import trainer
 from subspan.training.checkpoint import Checkpointer, load
 from subspan.training.config import TrainConfig, save_config
 from subspan.training.evaluation import evaluate
+from subspan.training.optimizers import build_optimizer
 from subspan.training.resume import Stopped, StopSignal
-from subspan.training.trainer import build_optimizer, train
+from subspan.training.trainer import train
 
 RULES = {"adam": subspan.Adam(), "adafactor": subspan.Adafactor(), "lion": subspan.Lion(), "sgd": subspan.SGDMomentum()}
 PROJECTORS = {
@@ -359,13 +360,13 @@ def test_resuming_what_is_not_the_same_run_is_refused(tmp_path: Path) -> None:
         train(config, stop_after(3))
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     for section, key, value, message in (
-        ("optim", "rank", 4, "rank"),
+        ("optim", "rank", 4, "is of another optimizer: projection of .* is of rank 8"),
         ("optim", "preset", "galore_lion", "optimizer"),
         ("optim", "proj_type", "reverse_std", "proj_type"),
         ("model", "dtype", "bfloat16", "model"),
         ("run", "seed", 1, "run.seed was 0 and is 1"),
         ("data", "seq_len", 48, "data.seq_len"),
-        ("data", "valid_fraction", 0.2, "training text is another one"),
+        ("data", "valid_fraction", 0.2, "its text, of training or of validation, is another one"),
     ):
         other = config_of(tmp_path)
         setattr(getattr(other, section), key, value)
@@ -378,6 +379,17 @@ def test_resuming_what_is_not_the_same_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run.steps=2 is less than the 3 steps of .*: raise it"):
         train(other)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_goes_on_otherwise_says_so_and_keeps_what_it_was(tmp_path: Path, capsys: Any) -> None:
+    config = config_of(tmp_path)
+    with pytest.raises(Stopped):
+        train(config, stop_after(3))
+    before, lr = (tmp_path / "run" / "config.yaml").read_text(), config.optim.lr
+    config.optim.lr, config.resume = lr / 2, "auto"
+    train(config)
+    assert f"resume: optim.lr was {lr} and is {lr / 2} from step 4 on" in capsys.readouterr().out
+    assert (tmp_path / "run" / "config_to_step_3.yaml").read_text() == before
 
 
 def test_a_resume_that_names_nothing_is_refused(tmp_path: Path) -> None:

@@ -33,6 +33,15 @@ def test_a_table_that_excel_wrote(tokenizer: Any, tmp_path: Path) -> None:
     assert len(data.train) == len(ROWS)
 
 
+def test_a_table_that_is_not_utf_8_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "train.csv"
+    file.write_bytes("sentence,label\ncaf\xe9,1\n".encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"data\.train_files.*train\.csv cannot be read after line .*: save it as UTF-8"
+    ):
+        load_task(TaskConfig(train_files=str(file), valid_files=str(file)), tokenizer)
+
+
 def test_a_table_with_a_long_text(tokenizer: Any, tmp_path: Path) -> None:
     rows = [*ROWS, {"sentence": "dog " * 50_000, "label": 0}]
     file = write_rows(tmp_path / "train.csv", rows)

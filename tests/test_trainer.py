@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig
 
 from subspan.optim.marks import mark
-from subspan.optim.rules import Adam
 from subspan.training import trainer
-from subspan.training.config import OptimConfig, TrainConfig, load_config
+from subspan.training.config import TrainConfig, load_config
 from subspan.training.data import PackedDataset
 from subspan.training.evaluation import evaluate
 from subspan.training.models import compile_blocks
+from subspan.training.optimizers import build_optimizer
 from subspan.training.profile import PARTS, SKIPPED, StepProfiler, own_times
 from subspan.training.text import check_vocabulary, load_data
-from subspan.training.trainer import build_optimizer, lr_factor, make_optimizer, train
+from subspan.training.trainer import lr_factor, train
 
 PRESETS = {  # a learning rate at which 20 steps of each learn something
     "galore": 0.02,
@@ -74,6 +74,21 @@ def test_every_preset_learns(tmp_path: Path, preset: str) -> None:
 def test_state_in_few_bits_and_cheap_dense_state_learn(tmp_path: Path, optim: dict, model: dict) -> None:
     summary = train(tiny_config(tmp_path, optim=optim, model=model, run={"export": False}))
     assert summary["valid_loss"] < summary["first_loss"] - 0.5
+
+
+def test_a_model_that_cannot_be_written_leaves_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_pretrained", full)
+        with pytest.raises(OSError, match=r"could not be written to .*No space left.*--resume auto"):
+            train(tiny_config(tmp_path))
+    assert (tmp_path / "run" / "summary.json").exists()
+    config = tiny_config(tmp_path)
+    config.resume = "auto"
+    train(config)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
@@ -481,16 +496,6 @@ def test_a_compiled_model_trains_alike(
 def test_a_model_without_blocks_is_not_compiled() -> None:
     with pytest.raises(ValueError, match=r"model\.compile=true finds no ModuleList"):
         compile_blocks(nn.Sequential(nn.Linear(2, 2)))
-
-
-def test_an_adam_of_dense_parameters_has_the_betas_of_the_other() -> None:
-    model = nn.Sequential(nn.ModuleList([nn.Linear(8, 8)]), nn.Linear(8, 4))
-    given = {"rank": 2, "betas": [0.8, 0.9], "eps": 1e-5}
-    for optim in ({"dense_rule": "adam"}, {}):
-        assert make_optimizer(model, OptimConfig(**given, **optim), seed=0).dense_rule == Adam((0.8, 0.9), 1e-5)
-    assert (
-        make_optimizer(model, OptimConfig(rank=2, preset="galore_lion", dense_rule="adam"), seed=0).dense_rule == Adam()
-    )
 
 
 def test_what_is_resumed_too_near_its_end_is_not_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,6 +174,34 @@ def test_rounding_follows_the_seed_and_the_step_alone():
     assert not first.equal(other)
 
 
+def test_equal_weights_round_each_by_bits_of_its_own():
+    params = [nn.Parameter(drawn((24, 80)).bfloat16()) for _ in range(2)]
+    optimizer = subspan.ProjectedOptimizer(params, 0.01, stochastic_rounding=True)
+    for p in params:
+        p.grad = drawn((24, 80), 1).bfloat16()
+    optimizer.step()
+    assert not params[0].equal(params[1])
+
+
+@pytest.mark.parametrize("proj_type", ["left", "right"])
+def test_int8_weights_are_moved_in_whole_groups(monkeypatch, proj_type):
+    """Whatever the size of a part, which reads and writes some columns."""
+    moved = []
+    for parts in (False, True):
+        if parts:
+            few = lambda X, dim, multiple=1: [  # noqa: E731
+                (i, min(multiple, X.shape[dim] - i)) for i in range(0, X.shape[dim], multiple)
+            ]
+            monkeypatch.setattr(update, "parts_of", few)
+        p = nn.Parameter(Int8Weight.from_float(drawn((32, 512)), group_size=128))
+        optimizer = subspan.GaLoreAdamW([{"params": [p], "rank": 4, "proj_type": proj_type, "scale": 1.0}], lr=0.1)
+        p.grad = drawn((32, 512), 1)
+        optimizer.step()
+        moved.append(p.dequantize())
+    scale = p.scale.float().max()
+    assert (moved[0] - moved[1]).abs().max() < 3 * scale  # rounded at random, by other bits
+
+
 @pytest.mark.parametrize("proj_type", ["left", "right"])
 def test_int8_weights_follow_the_floating_ones(proj_type):
     """Ten steps of GaLore: INT8 weights end near where their dequantized twins do, and each step moves them."""

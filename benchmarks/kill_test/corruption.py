@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from subspan.training.checkpoint import load, newest, verify
 from subspan.training.config import load_config
 from subspan.training.models import build_model
-from subspan.training.trainer import build_optimizer
+from subspan.training.optimizers import build_optimizer
 
 KINDS = ("flip", "truncate", "delete")
 

@@ -39,7 +39,7 @@ from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.plan import plan_memory
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from subspan.training.models import build_model
-from subspan.training.trainer import build_optimizer
+from subspan.training.optimizers import build_optimizer
 
 HERE = Path(__file__).parent
 MIB = 2**20

@@ -16,7 +16,8 @@ from torch import nn
 from subspan.memory import count_memory
 from subspan.optim.groups import param_groups
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from subspan.training.trainer import build_optimizer, train
+from subspan.training.optimizers import build_optimizer
+from subspan.training.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from grid import beside, once, walk
@@ -29,7 +30,7 @@ LONG = 2000  # steps of a long run: 2 M tokens
 SEEDS = (1, 2, 3)  # of the long runs; the search has 0
 DENSE_RATE = 0.1  # where searches start: AdamW, from 0.01, went there
 GAP = 100  # T
-MODELS = {"llama-2m": (32, 2048), "llama-9m": (64, 4096), "llama-25m": (96, 4096)}
+MODELS = {"llama-2m": (32, 2048), "llama-9m": (64, 4096)}
 """r, a quarter of the hidden size, and pieces of the tokenizer."""
 
 

@@ -43,7 +43,7 @@ def long_runs(results: list[dict[str, Any]]) -> str:
         losses = [run["valid_loss"] for run in runs]
         spread = f"{stdev(losses):.4f}" if len(losses) > 1 else "-"
         rates = f"{runs[0]['lr']:g}, {runs[0]['dense_lr']:g}"
-        numbers = [f"{mean(run[key] for run in runs) / 2**20:.1f}" for key in ("state_bytes", "peak_memory_bytes")]
+        numbers = [f"{min(run[key] for run in runs) / 2**20:.1f}" for key in ("state_bytes", "peak_memory_bytes")]
         lines.append(
             f"| {runs[0]['method']} | {rates} | {len(runs)} | {mean(losses):.4f} | {spread} | "
             f"{math.exp(mean(losses)):.2f} | {' | '.join(numbers)} | {mean(run['seconds'] for run in runs):.0f} |"

@@ -37,8 +37,8 @@ from subspan.plan import Planner
 from subspan.traffic import Traffic
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from subspan.training.models import build_model
+from subspan.training.optimizers import build_optimizer, groups_of
 from subspan.training.processes import Processes, make_mesh, shard_model
-from subspan.training.trainer import build_optimizer, groups_of
 
 HERE = Path(__file__).parent
 MIB = 2**20

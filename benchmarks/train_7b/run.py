@@ -123,7 +123,7 @@ def train(name: str, row: Row, address_space: float) -> None:
 
     from subspan.memory import count_memory
     from subspan.training.models import build_model
-    from subspan.training.trainer import build_optimizer
+    from subspan.training.optimizers import build_optimizer
 
     torch.manual_seed(0)
     config = configure(row)

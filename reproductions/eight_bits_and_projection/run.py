@@ -29,7 +29,8 @@ from subspan.optim.groups import default_targets
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.presets import GaLoreAdamW
 from subspan.training.config import TrainConfig, load_config
-from subspan.training.trainer import build_optimizer, train
+from subspan.training.optimizers import build_optimizer
+from subspan.training.trainer import train
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"

@@ -23,7 +23,8 @@ from torch import nn
 from subspan.memory import count_memory
 from subspan.optim.groups import param_groups
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from subspan.training.trainer import build_optimizer, train
+from subspan.training.optimizers import build_optimizer
+from subspan.training.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from grid import once, training_files
@@ -92,7 +93,7 @@ def configure(
     valid: str,
     seed: int,
     out: Path,
-    autocast: bool,
+    autocast: bool = True,
 ) -> TrainConfig:
     projector = {"galore_svd": "svd", "galore_subspace": "subspace_iteration"}.get(method)
     return TrainConfig(

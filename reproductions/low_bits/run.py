@@ -19,7 +19,8 @@ from typing import Any
 from torch import nn
 
 from subspan.training.config import TrainConfig, load_config
-from subspan.training.trainer import build_optimizer, train
+from subspan.training.optimizers import build_optimizer
+from subspan.training.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from grid import once

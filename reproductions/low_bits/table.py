@@ -12,7 +12,7 @@ from run import FP32, RECIPE
 from subspan.memory import count_memory
 from subspan.training.config import load_config
 from subspan.training.models import build_model
-from subspan.training.trainer import build_optimizer
+from subspan.training.optimizers import build_optimizer
 
 HERE = Path(__file__).parent
 NAMES = {

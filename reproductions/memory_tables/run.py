@@ -26,7 +26,7 @@ from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.presets import GaLoreAdamW
 from subspan.training.config import ModelConfig, OptimConfig, TrainConfig
 from subspan.training.models import build_model
-from subspan.training.trainer import build_optimizer
+from subspan.training.optimizers import build_optimizer
 
 HERE = Path(__file__).parent
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.projectors import SubspaceIteration, captured_energy, orient, pick_side
 from subspan.training.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from subspan.training.trainer import build_optimizer, train
+from subspan.training.optimizers import build_optimizer
+from subspan.training.trainer import train
 
 RANKS = (32, 64, 128, 256)
 BATCH, GAP = 8, 50  # 8 x 256 tokens: 8 r at the largest rank

@@ -69,7 +69,7 @@ def measure(method: str, gradients: str, sweep: str, queue: Any) -> None:
     from subspan.memory import count_memory, peak_memory
     from subspan.plan import plan_memory
     from subspan.training.models import build_model
-    from subspan.training.trainer import build_optimizer
+    from subspan.training.optimizers import build_optimizer
 
     torch.manual_seed(0)
     config = configure(method, gradients, sweep)

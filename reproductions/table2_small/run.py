@@ -3,70 +3,51 @@
     python reproductions/table2_small/run.py 'TEXT/train/*.txt' TEXT/valid.txt
     python reproductions/table2_small/table.py
 
-The grid is that of benchmarks/quality, and so are its results. Rates are searched with `llama-9m`; `llama-25m`, for which a
-search would take days, takes them over. An interrupted run goes on where it was.
+Methods, runs and results are those of benchmarks/quality, whose rows are the small size: its search found the rates below, and
+`llama-9m`, five times larger, for which a search would take days, takes them over. What has a result is not run again.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 from pathlib import Path
 
-from subspan.training.config import TrainConfig
-
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
-from grid import beside, training_files, walk
-from methods import LONG as LONG
-from methods import METHODS, configure, result_of, search
+from grid import training_files
+from methods import LONG, METHODS, configure, result_of
 
-ROWS = ("adamw", "galore", "factorized", "lora", "relora", "subspan")
-SIZES = {"llama-9m": 1000, "llama-25m": 500}  # steps of a long run: 1 M and 0.5 M tokens
-SHORT = 400  # steps of a run of the search
+ROWS = {  # learning rate of matrices, and of embeddings, norms and head
+    "adamw": (0.003, 0.1),
+    "galore": (0.01, 0.1),
+    "factorized": (0.003, 0.03),
+    "lora": (0.003, 0.03),
+    "relora": (0.003, 0.03),
+    "subspan": (0.01, 0.3),
+}
+SIZES = {"llama-2m": LONG, "llama-9m": 1000}  # steps of 4 x 256 tokens
 
 
 def main(
-    train: str,
-    valid: str,
-    out: str = "runs/table2_small",
-    sizes: list[str] | None = None,
-    methods: list[str] | None = None,
-    seed: int = 1,
+    train: str, valid: str, out: str = "runs/table2_small", methods: list[str] | None = None, seed: int = 1
 ) -> None:
-    """Search for the small model, then a long run of each size, method by method.
+    """A long run of each size, method by method.
 
     Args:
-        train: glob of the training files; the last one is held out from the search
-        valid: validation file, used by the long runs alone
+        train: glob of the training files
+        valid: validation file
         out: folder for the run folders
-        sizes: some of the sizes of the model; none: both
         methods: some of the rows; none: all
-        seed: of the long runs
+        seed: of the runs
     """
-    files = training_files(train)
-    for size in sizes or SIZES:
+    for size, steps in SIZES.items():
         for name in methods or ROWS:
-            start = functools.partial(configure, METHODS[name], out=Path(out) / name)
-            lr, dense_lr = rates(name, files, out)
-            result_of(name, start(size, lr, dense_lr, SIZES[size], seed, files, valid, eval_sequences=1024))
-
-
-def rates(name: str, files: list[str], out: str) -> tuple[float, float]:
-    """Best of `llama-9m`: AdamW walks in both rates; the others in that of matrices, with its rate for the rest."""
-
-    def start(method: str, lr: float, dense_lr: float, steps: int) -> TrainConfig:
-        where = (files[:-1], files[-1], Path(out) / method)
-        return configure(METHODS[method], "llama-9m", lr, dense_lr, steps, 0, *where, eval_sequences=256)
-
-    found = search("adamw", functools.partial(start, "adamw"), SHORT)
-    if name == "adamw":
-        return found
-
-    def loss(lr: float) -> float:
-        return float(result_of(name, start(name, lr, found[1], SHORT))["valid_loss"])
-
-    return walk(METHODS[name].rate, beside, loss), found[1]
+            folder = Path(out) / name
+            files = training_files(train)
+            result_of(
+                name,
+                configure(METHODS[name], size, *ROWS[name], steps, seed, files, valid, folder, eval_sequences=1024),
+            )
 
 
 if __name__ == "__main__":

@@ -12,14 +12,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from run import LONG, ROWS, SIZES
+from run import ROWS, SIZES
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "quality" / "results"
 PAPER = {"adamw": "25.08", "galore": "25.36", "factorized": "45.51", "lora": "33.92", "relora": "29.37"}
 """Perplexities of the paper's 130M."""
-
-COLUMNS = {"llama-2m": LONG, **SIZES}  # the first are rows of the grid
 
 
 def best(name: str, size: str, steps: int) -> list[dict[str, Any]]:
@@ -35,13 +33,13 @@ def best(name: str, size: str, steps: int) -> list[dict[str, Any]]:
 def main() -> None:
     lines = [
         "| method | "
-        + " | ".join(f"{size}: lr, dense lr | seeds | loss | perplexity | state, MiB" for size in COLUMNS)
+        + " | ".join(f"{size}: lr, dense lr | seeds | loss | perplexity | state, MiB" for size in SIZES)
         + " | paper, 130M |",
-        "|---|" + "---|---|---|---|---|" * len(COLUMNS) + "---|",
+        "|---|" + "---|---|---|---|---|" * len(SIZES) + "---|",
     ]
     for name in ROWS:
         cells = []
-        for size, steps in COLUMNS.items():
+        for size, steps in SIZES.items():
             runs = best(name, size, steps)
             if not runs:
                 cells.append("- | - | not run | - | -")

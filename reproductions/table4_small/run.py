@@ -16,9 +16,8 @@ and several processes may share tasks and methods. `table.py` makes the tables o
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import random
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,23 +34,23 @@ from subspan.training.finetune_config import (
 from subspan.training.tasks import VALID_NAMES, normal
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from grid import beside, walk
+from grid import beside, once, walk
 
 RESULTS = Path(__file__).with_name("results")
 SEARCH_SEED = 0
-HEAD_RATE = 0.01
-"""Where the search for that of the head starts: pretrained matrices of full fine-tuning break at a tenth of it."""
 REST_RATE = 0.001
 """Of embeddings and norms, where they are trained."""
 EPOCHS, BATCH, MAX_LENGTH = 3, 16, 64
 
 
 class Part(NamedTuple):
-    """What is used of a task, so that one run takes two to four minutes on a core. valid: rows to validate on, None: all."""
+    """What is used of a task, so that one run takes two to four minutes on a core. valid: rows to validate on, None: all.
+    head: where the search for the head's rate starts; one of many classes wants more than pretrained matrices bear."""
 
     train: int
     valid: int | None
     seeds: tuple[int, ...]
+    head: float = 0.001
 
 
 PARTS = {
@@ -59,7 +58,7 @@ PARTS = {
     "mrpc": Part(500, None, (1, 2, 3, 4, 5)),
     "rte": Part(600, None, (1, 2, 3, 4, 5)),
     "sst2": Part(1200, None, (1, 2, 3)),
-    "banking77": Part(1540, 1000, (1, 2, 3)),
+    "banking77": Part(1540, 1000, (1, 2, 3), head=0.01),
 }
 
 
@@ -115,7 +114,7 @@ def prepare(tasks: Path, task: str, out: Path) -> dict[str, str]:
     return {**files, "valid": str(valid)}
 
 
-def result_of(
+def configure(
     name: str,
     task: str,
     rates: tuple[float, float],
@@ -124,63 +123,57 @@ def result_of(
     files: dict[str, str],
     out: Path,
     threads: int,
-) -> dict[str, Any]:
-    """The result of a run: from its file, or by running it. Seed SEARCH_SEED is a run of the search."""
-    search = seed == SEARCH_SEED
-    lr, head = rates
-    key = f"{task}_{name}_{lr:g}_{head:g}_{seed}"
-    file = RESULTS / f"{key}.json"
-    if not file.exists():
-        method, folder = METHODS[name], out / key
-        shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
-        config = FinetuneConfig(
-            ClassifierConfig(name=model, **method.model),
-            TaskConfig(
-                task=task,
-                train_files=files["search_train" if search else "train"],
-                valid_files=files["search_valid" if search else "valid"],
-                max_valid_rows=None if search else PARTS[task].valid,
-                max_length=MAX_LENGTH,
-            ),
-            FinetuneOptimConfig(lr=lr, head_lr=head, **{"dense_lr": REST_RATE, **method.optim}),
-            FinetuneRunConfig(
-                out=str(folder),
-                epochs=EPOCHS,
-                seeds=[seed],
-                batch_size=BATCH,
-                warmup_ratio=0.1,
-                checkpoint_every=0,
-                log_every=100,
-                threads=threads,
-            ),
-        )
-        summary = finetune(config)
-        (only,) = summary["seeds"]
-        kept = ("best", "last", "seconds", "tokens", "tokens_per_second", "bytes", "peak_memory_bytes")
-        result = {
-            "task": task,
-            "method": name,
-            "lr": lr,
-            "seed": seed,
-            "metrics": summary["metrics"],
-            "rows": summary["rows"],
-            "optim": dataclasses.asdict(config.optim),
-            **{key: only[key] for key in kept},
-            "versions": summary["versions"],
-        }
-        RESULTS.mkdir(exist_ok=True)
-        new = file.with_suffix(".new")
-        new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        new.replace(file)
-        shutil.rmtree(folder)
-    result = json.loads(file.read_text(encoding="utf-8"))
-    metric = result["metrics"][0]
-    print(
-        f"== {key}: {metric} {result['last'][metric]:.4f}, {result['seconds']:.0f} s, "
-        f"{result['tokens_per_second']:.0f} tokens/s",
-        flush=True,
+) -> FinetuneConfig:
+    """Seed SEARCH_SEED is a run of the search."""
+    method, (lr, head), search = METHODS[name], rates, seed == SEARCH_SEED
+    return FinetuneConfig(
+        ClassifierConfig(name=model, **method.model),
+        TaskConfig(
+            task=task,
+            train_files=files["search_train" if search else "train"],
+            valid_files=files["search_valid" if search else "valid"],
+            max_valid_rows=None if search else PARTS[task].valid,
+            max_length=MAX_LENGTH,
+        ),
+        FinetuneOptimConfig(lr=lr, head_lr=head, **{"dense_lr": REST_RATE, **method.optim}),
+        FinetuneRunConfig(
+            out=str(out),
+            epochs=EPOCHS,
+            seeds=[seed],
+            batch_size=BATCH,
+            warmup_ratio=0.1,
+            checkpoint_every=0,
+            log_every=100,
+            threads=threads,
+        ),
     )
-    return dict(result)
+
+
+def one_run(name: str, config: FinetuneConfig) -> dict[str, Any]:
+    """Fine-tune, and make a small result of it."""
+    require("transformers.utils.logging", "train").set_verbosity_error()  # that the head is new is said by each run
+    summary = finetune(config)
+    (only,) = summary["seeds"]
+    kept = ("best", "last", "seconds", "tokens", "tokens_per_second", "bytes", "peak_memory_bytes")
+    return {
+        "task": config.data.task,
+        "method": name,
+        "lr": config.optim.lr,
+        "seed": only["seed"],
+        "score": only["last"][summary["metrics"][0]],
+        "metrics": summary["metrics"],
+        "rows": summary["rows"],
+        "optim": dataclasses.asdict(config.optim),
+        **{key: only[key] for key in kept},
+        "versions": summary["versions"],
+    }
+
+
+def result_of(name: str, task: str, rates: tuple[float, float], seed: int, out: Path, **given: Any) -> dict[str, Any]:
+    """The result of a run: from its file, or by a run in a process of its own."""
+    key = f"{task}_{name}_{rates[0]:g}_{rates[1]:g}_{seed}"
+    config = configure(name, task, rates, seed, out=out / key, **given)
+    return once(RESULTS / f"{key}.json", out / key, one_run, name, config, shown="score")
 
 
 def main(
@@ -211,7 +204,7 @@ def main(
                 raise SystemExit(f"{name!r} is unknown: use some of {', '.join(known)}")
     if SEARCH_SEED in (seeds or []):
         raise SystemExit(f"seeds={seeds}: seed {SEARCH_SEED} is the search's, use others")
-    require("transformers.utils.logging", "train").set_verbosity_error()  # that the head is new is said by each run
+    one = functools.partial(result_of, out=Path(out), model=model, threads=threads)
     for task in tasks or PARTS:
         files = prepare(Path(tasks_folder).expanduser(), task, Path(out) / "rows" / task)
         for name in methods or METHODS:
@@ -222,12 +215,11 @@ def main(
             def error(
                 rates: tuple[float, float], task: str = task, searched: str = searched, files: Any = files
             ) -> float:
-                result = result_of(searched, task, rates, SEARCH_SEED, model, files, Path(out), threads)
-                return -float(result["last"][result["metrics"][0]])
+                return -float(one(searched, task, rates, SEARCH_SEED, files=files)["score"])
 
-            rates = walk((float(rate), HEAD_RATE), neighbours, error)
+            rates = walk((float(rate), PARTS[task].head), neighbours, error)
             for seed in [] if search_only else seeds or PARTS[task].seeds:
-                result_of(name, task, rates, seed, model, files, Path(out), threads)
+                one(name, task, rates, seed, files=files)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,14 @@ class Backward:
             raise ValueError(
                 "a backward pass between prepare() and step() would be lost: call step() or zero_grad() first"
             )
+        check_dense(p.grad)
         return optimizer, p.grad
+
+
+def check_dense(G: Tensor) -> None:
+    """ValueError for a sparse gradient."""
+    if G.is_sparse:
+        raise ValueError("sparse gradients are not supported: use nn.Embedding(sparse=False)")
 
 
 def _own_memory(p: Tensor, G: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,9 @@ Named = Sequence[tuple[str, Tensor]]
 
 VIEWS = ("matrix", "conv", "batch")
 """How a weight is read as a matrix: as it is, first dimension x the rest, or a batch of matrices."""
+
+KEYS = ("rank", "update_proj_gap", "scale", "proj_type", "view", "full_rank")
+"""Of a group, beside torch's own and `name`; others are somebody else's, unless they look like one of these."""
 
 MATRIX_MODULES = ("Linear", "Conv1D")
 """Class names whose `weight` is a matrix by default: torch's Linear and transformers' Conv1D (GPT-2's layout, (in, out))."""
@@ -238,7 +242,13 @@ def _examples(trainable: Named) -> str:
 def as_matrix(X: Tensor, group: dict[str, Any]) -> Tensor:
     """A parameter or its gradient as a matrix or a batch of matrices: a view of the same memory."""
     shape = matrix_shape(X.shape, group)
-    return X if shape == X.shape else X.view(shape)
+    if shape == X.shape:
+        return X
+    if not X.is_contiguous():
+        raise ValueError(
+            f"a weight of shape {tuple(X.shape)} is not contiguous any more: leave the model's memory format as it is"
+        )
+    return X.view(shape)
 
 
 def matrix_shape(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[int, ...]:
@@ -250,6 +260,9 @@ def matrix_shape(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[int, .
 
 def check_group(group: dict[str, Any], names: list[str]) -> None:
     """ValueError for a value or a parameter that its group cannot have."""
+    for key in group.keys() - KEYS:
+        if near := difflib.get_close_matches(key, KEYS, 1, cutoff=0.8):
+            raise ValueError(f"{key!r} is no key of a parameter group, {near[0]!r} is: correct it")
     for key in ("lr", "weight_decay"):
         value = float(group[key])
         if not 0.0 <= value < math.inf:
@@ -257,22 +270,23 @@ def check_group(group: dict[str, Any], names: list[str]) -> None:
     for name, p in zip(names, group["params"], strict=True):
         if not p.is_floating_point():
             raise ValueError(f"{name} of dtype {p.dtype} cannot be trained: use a real floating dtype")
-    if "rank" not in group:
+    if "rank" in group:
+        check_whole("rank", group["rank"])
+        check_whole("update_proj_gap", group["update_proj_gap"])
+        check_proj_type(group["proj_type"])
+        if isinstance(group["scale"], (str, bool)) or not math.isfinite(group["scale"]):
+            raise ValueError(f"scale={group['scale']!r} must be a number: 0.25 is the paper's")
+    elif "view" not in group:
         return
-    check_whole("rank", group["rank"])
-    check_whole("update_proj_gap", group["update_proj_gap"])
-    check_proj_type(group["proj_type"])
-    if isinstance(group["scale"], (str, bool)) or not math.isfinite(group["scale"]):
-        raise ValueError(f"scale={group['scale']!r} must be a number: 0.25 is the paper's")
     view = group.get("view", "matrix")
     if view not in VIEWS:
         raise ValueError(f"view={view!r} is unknown: use one of {', '.join(VIEWS)}")
     for name, p in zip(names, group["params"], strict=True):
         shape = tuple(p.shape)
         if p.numel() == 0:
-            raise ValueError(f"{name} of shape {shape} is empty: leave it out of groups with a rank")
+            raise ValueError(f"{name} of shape {shape} is empty: leave it out of groups with a rank or a view")
         if p.ndim < 2:
-            raise ValueError(f"{name} of shape {shape} is no matrix: put it in a group without rank")
+            raise ValueError(f"{name} of shape {shape} is no matrix: put it in a group without rank and view")
         if p.ndim > 2 and view == "matrix":
             raise ValueError(
                 f"{name} of shape {shape} is no matrix: set view='conv' (first x rest) or view='batch' in its group"

@@ -18,7 +18,9 @@ What is kept of a parameter is state.py's part, in what form quant.py's, how lon
 from __future__ import annotations
 
 import math
+import re
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from subspan.optim.backward import Backward, Gradients
+from subspan.optim.backward import Backward, Gradients, check_dense
 from subspan.optim.combine import Combine
 from subspan.optim.dtensors import local
 from subspan.optim.groups import as_matrix
@@ -55,6 +57,9 @@ if TYPE_CHECKING:
 
     from subspan.optim.copies import Copies
 
+_HOOKS = re.compile(r"step|_opt_called|_optimizer_\w+_hooks")
+"""What torch, and its schedulers, leave at one optimizer, and `__setstate__` makes anew where it is needed."""
+
 Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor, Tensor]
 """A group, a parameter of it, its R (its gradient if it is dense), the norm of R, what of R counts."""
 
@@ -68,7 +73,7 @@ class ProjectedOptimizer(StatefulOptimizer):
             (200), `scale` (0.25), `proj_type` (std, reverse_std, left, right), `view` for weights of more than two dimensions:
             "conv" (first dimension x the rest) or "batch" (leading dimensions are a batch of matrices).
         lr: learning rate, a float (a 0-d CPU tensor is accepted).
-        rule: `Adam()`, `Adafactor()`, `Lion()`, `SGDMomentum()`.
+        rule: `Adam()`, `Adafactor()`, `Lion()`, `SGDMomentum()`, `SignSGD()`, `Muon()`, `ColumnNorm()`.
         dense_rule: rule of dense parameters, such as Adafactor() for large embeddings; None: `rule`, which always steps groups
             with full_rank=True.
         rules: rules of single groups without a rank, by the group's `name`, before `rule` and `dense_rule`.
@@ -168,9 +173,12 @@ class ProjectedOptimizer(StatefulOptimizer):
         self.mask_null = mask_null
         self.stochastic_rounding = stochastic_rounding
         self.compile = compile
-        self.grad_norm: Tensor = torch.zeros(())
+        self.grad_norm: Tensor = torch.zeros((), dtype=torch.float32, device="cpu")
         self.refresh_seconds = 0.0
         self.prepared: list[Prepared] | None = None
+        self._seen: dict[
+            Tensor, tuple[weakref.ref[Tensor], int]
+        ] = {}  # the gradients, and their versions, that it is made of
         self.copies: Copies | None = None
         if average_over is not None:
             from subspan.optim.copies import Copies
@@ -204,6 +212,8 @@ class ProjectedOptimizer(StatefulOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. `closure` is run with gradients enabled, its value returned."""
         if hasattr(self, "grad_scale"):
+            for left in ("grad_scale", "found_inf"):  # the scaler takes them away after a step, not after an error
+                vars(self).pop(left, None)
             raise ValueError(
                 f"GradScaler cannot unscale the gradients that gradients={self.gradients!r} took during the backward pass: "
                 "use bfloat16, which needs no scaler, or gradients='hold'"
@@ -212,6 +222,8 @@ class ProjectedOptimizer(StatefulOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._stale():
+            self.prepared = None
         if self.max_grad_norm is not None and self.prepared is None:
             self.prepare()
         norms = list(self._backward.updated.values()) if self._backward else []
@@ -247,6 +259,7 @@ class ProjectedOptimizer(StatefulOptimizer):
         """
         if self.prepared is not None and self.gradients == "project":
             return self.grad_norm  # asked again: the low-rank gradients are taken already, and no others can have come
+        self._check_gradients()
         refresh = True
         if self.copies:
             self.copies.wait()
@@ -258,7 +271,24 @@ class ProjectedOptimizer(StatefulOptimizer):
         self.prepared = list(self._low_rank_gradients(refresh))
         norms = list(self._backward.updated.values()) if self._backward else []
         self.grad_norm = self._total([*norms, *(norm for *_, norm, _ in self.prepared)])
+        if self.gradients == "hold":
+            self._seen = {p: (weakref.ref(G), G._version) for p, G in self._held()}
         return self.grad_norm
+
+    def _stale(self) -> bool:
+        """Whether, in `hold`, gradients came or changed since `prepare()`; in the other modes a backward pass raises."""
+        if self.prepared is None or self.gradients != "hold":
+            return False
+        now = dict(self._held())
+        seen = self._seen
+        return now.keys() != seen.keys() or any(
+            seen[p][0]() is not G or seen[p][1] != G._version for p, G in now.items()
+        )
+
+    def _held(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _, p in self._parameters():
+            if p.grad is not None:
+                yield p, p.grad
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -380,12 +410,8 @@ class ProjectedOptimizer(StatefulOptimizer):
 
     def _low_rank_gradients(self, refresh: bool = True) -> Iterator[Prepared]:
         """What `Prepared` says of every parameter with a gradient, each as it is asked for."""
+        self._check_gradients()
         taken = self._backward.low_rank if self._backward else {}
-        for _, p in self._parameters():
-            if self._backward:
-                self._backward.check(p)
-            if p.grad is not None and p.grad.is_sparse:
-                raise ValueError("sparse gradients are not supported: use nn.Embedding(sparse=False)")
         for group, p in self._parameters():
             if p in taken:
                 R = taken.pop(p)
@@ -399,6 +425,14 @@ class ProjectedOptimizer(StatefulOptimizer):
                 p.grad = None
             yield group, p, R, *self.gauge(group, p, R)
 
+    def _check_gradients(self) -> None:
+        """ValueError for gradients that no step can use."""
+        for _, p in self._parameters():
+            if self._backward:
+                self._backward.check(p)
+        for _, G in self._held():
+            check_dense(G)
+
     def _everywhere(self, X: Tensor) -> Tensor:
         """The largest of a number (0-d) on all processes, so that all decide alike."""
         if self.copies:
@@ -410,12 +444,12 @@ class ProjectedOptimizer(StatefulOptimizer):
     def _total(norms: Sequence[Tensor]) -> Tensor:
         """The norm of all, from the norms of the parts, on the device of the first."""
         if not norms:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         return total
 
     def _end_step(self) -> None:
-        self.prepared = None
+        self.prepared, self._seen = None, {}
         if self._backward:
             self._backward.clear()
             self._backward.attach()
@@ -428,11 +462,14 @@ class ProjectedOptimizer(StatefulOptimizer):
         begin = time.perf_counter()
         state, shards = self.state_here(p), self._shards[p]
         here = local(G)
-        most = torch.linalg.vector_norm(here, ord=math.inf) if here.numel() else here.new_zeros(())
+        batch = shards if shards is not None and shards.axis == "batch" else None
         sharers = self.copies or shards
-        largest = float(most if sharers is None else sharers.max(most))
+        most = _largest(as_matrix(here.contiguous(), group))
+        if sharers is not None and batch is None:
+            most = sharers.max(most)
+        of_all = most.amax() if most.numel() else most.new_zeros(())
+        largest = float(batch.max(of_all) if batch else of_all)
         if math.isfinite(largest) and largest > 0:
-            batch = shards if shards is not None and shards.axis == "batch" else None
             G = as_matrix((here if batch else G).contiguous(), group)  # of a batch every process finds its own bases
             G = self.copies.spread(G) if self.copies else G
             rank = self.shapes(p)[0][-1]
@@ -444,6 +481,8 @@ class ProjectedOptimizer(StatefulOptimizer):
             new = self.projector.basis(G, side, rank, previous, seed)
             if self.refresh.align:
                 new = align(new, old)
+            if most.ndim:  # an expert that saw no tokens keeps its basis
+                new = torch.where((most > 0)[..., None, None], new, old.to(new.dtype))
             same = None
             if self.refresh.needs_overlap:
                 overlaps = overlap(old, new)
@@ -466,7 +505,7 @@ class ProjectedOptimizer(StatefulOptimizer):
                 moments[name].zero_()
             self._timetable.reset_at(p, state, self._steps[p])
         else:
-            rule.transport(moments, new.mT @ old, self._steps[p])  # type: ignore[attr-defined]
+            rule.transport(moments, new.mT @ old.to(new.dtype), self._steps[p])  # type: ignore[attr-defined]
         store.save(state, moments)
 
     # ------------------------------------------------------------------------------------------- state_dict
@@ -476,11 +515,12 @@ class ProjectedOptimizer(StatefulOptimizer):
 
         Raises ValueError when groups, ranks or state shapes differ: nothing is loaded then.
         """
-        if self._backward and self._backward.low_rank:
+        if self._backward and (self._backward.low_rank or self.prepared is not None):
             raise ValueError(
                 "gradients wait for step(), in the basis of now: call zero_grad() before load_state_dict()"
             )
         super().load_state_dict(state_dict)
+        self.prepared, self._seen = None, {}  # in other bases
 
     def _hook(self) -> None:
         if self.gradients != "hold":
@@ -489,10 +529,17 @@ class ProjectedOptimizer(StatefulOptimizer):
             self._backward.attach()
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's keeps only groups and state: a deep copy would lose rule and projector. Hooks belong to this object alone.
-        return {**self.__dict__, "_backward": None}
+        # torch's keeps only groups and state: a deep copy would lose rule and projector. Hooks belong to this object alone, and
+        # so does the `step` that a scheduler has put before the class's, which would go on stepping this one.
+        own = {key: value for key, value in self.__dict__.items() if not _HOOKS.fullmatch(key)}
+        return {**own, "_backward": None, "prepared": None, "_seen": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self._backward is None:
             self._hook()
+
+
+def _largest(X: Tensor) -> Tensor:
+    """The largest absolute value of a matrix, 0-d, or of each of a batch; nan where there is one."""
+    return X.new_zeros(X.shape[:-2]) if not X.numel() else torch.linalg.vector_norm(X, ord=math.inf, dim=(-2, -1))

@@ -124,9 +124,9 @@ def random_basis(shape: Sequence[int], seed: int, device: torch.device | str = "
     the global random state. Matrix i of a batch is what `seed_of(seed, i)` gives alone.
     """
     *batch, d, r = shape
-    Y = torch.empty((math.prod(batch), d, r))
+    Y = torch.empty((math.prod(batch), d, r), dtype=torch.float32, device="cpu")
     for i, y in enumerate(Y):
-        y.normal_(generator=torch.Generator().manual_seed(seed_of(seed, i)))
+        y.normal_(generator=torch.Generator(device="cpu").manual_seed(seed_of(seed, i)))
     return orthonormalize(Y.view(*batch, d, r).to(device))
 
 
@@ -175,7 +175,7 @@ class SVD:
 class RandomizedSVD:
     """Leading singular vectors by randomized range finding (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1).
 
-    oversample: extra columns of the sketch; n_iter: power iterations, each orthonormalised. Ignores the previous basis.
+    oversample: extra columns of the sketch; n_iter: products with A A^T, each orthonormalised. Ignores the previous basis.
     """
 
     oversample: int = 8
@@ -183,13 +183,13 @@ class RandomizedSVD:
 
     def __post_init__(self) -> None:
         _check_count("oversample", self.oversample, 0)
-        _check_count("n_iter", self.n_iter, 0)
+        _check_count("n_iter", self.n_iter, 1)
 
     def basis(self, G: Tensor, side: Side, rank: int, previous: Tensor | None, seed: int) -> Tensor:
         A = orient(G, side)
         width = min(rank + self.oversample, *A.shape[-2:])
         Y = random_basis((*A.shape[:-2], A.shape[-2], width), seed, A.device)
-        for _ in range(max(self.n_iter, 1)):
+        for _ in range(self.n_iter):
             Y = orthonormalize(_half_power(A, Y))
         U: Tensor
         U, _, _ = torch.linalg.svd(whole(beside(Y.to(A.dtype), A).mT @ A).to(Y.dtype), full_matrices=False)

@@ -96,7 +96,12 @@ class Timetable:
         self.refreshes[p], self.last[p], self.stretch[p], self.reset[p] = 0, -1, 1, 0
         state = {"refreshes": 0, "last_refresh": -1, "stretch": 1}
         state |= {"reset": 0} if self.refresh.moments == "reset" else {}
-        return {key: torch.tensor(float(value)) for key, value in state.items()}
+        return {key: torch.tensor(float(value), dtype=torch.float32, device="cpu") for key, value in state.items()}
+
+    def drop(self, p: Tensor) -> None:
+        """Forget a parameter, if it was taken in."""
+        for of in (self.refreshes, self.last, self.stretch, self.reset, self._first):
+            of.pop(p, None)
 
     def stagger(self, parameters: Sequence[Tensor], gap: Callable[[Tensor], int]) -> None:
         """Spread the first refreshes of `parameters` over their first steps; `gap`: their T."""

@@ -175,7 +175,10 @@ class Adafactor:
     decay_rate: float = -0.8
 
     def __post_init__(self) -> None:
-        _check_at_least_zero("eps", self.eps)
+        if not 0 < self.eps < math.inf:
+            raise ValueError(
+                f"eps={self.eps!r} must be positive, or a gradient of zeros divides by zero: 1e-30 is usual"
+            )
         if not self.clip_threshold > 0:
             raise ValueError(f"clip_threshold={self.clip_threshold!r} must be positive: 1.0 is usual")
         if not self.decay_rate < 0:

@@ -30,6 +30,9 @@ Memory = tuple[Rule, Store, torch.dtype | None]
 
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # missing in torch's own types
 
+WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes that state may be kept in as it is."""
+
 LOW_BITS: dict[torch.dtype, Bits] = {torch.int8: 8, INT4: 4}
 """State dtypes that name codes: block-wise, with a scale a block (quant.py)."""
 
@@ -85,6 +88,13 @@ class StatefulOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"rules: no group without a rank is named {min(unknown)!r}: there are {sorted(map(str, names))}"
             )
+        if dense_rule is not rule and not any(
+            "rank" in group or group.get("full_rank") or group.get("name") in rules for group in self.param_groups
+        ):
+            raise ValueError(
+                f"no group has a rank or full_rank=True, so rule={type(rule).__name__} would step nothing: give the groups of "
+                "param_groups(model, rank=None)"
+            )
         self._timetable.stagger(list(self._index), self._gap)
         self._built = True
 
@@ -93,22 +103,37 @@ class StatefulOptimizer(torch.optim.Optimizer):
         for key in ("betas", "eps", "momentum"):
             if key in param_group:
                 raise ValueError(f"{key} in a parameter group has no effect: give it to the optimizer's rule instead")
+        for key in ("maximize", "amsgrad", "nesterov", "dampening"):
+            if param_group.get(key):
+                raise ValueError(f"{key}={param_group[key]!r} in a parameter group is not supported: drop it")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             names = group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))])
             check_group(group, names)
+            for p in group["params"]:
+                self._group[p] = len(self.param_groups) - 1
+                self._init_state(group, p)
         except ValueError:
             self.param_groups.pop()
+            for p in group["params"]:
+                self._timetable.drop(p)
+                for of in (
+                    self._group,
+                    self._index,
+                    self._position,
+                    self._steps,
+                    self._shards,
+                    self._device,
+                    self.state,
+                ):
+                    of.pop(p, None)
             raise
-        for p in group["params"]:
-            self._group[p] = len(self.param_groups) - 1
-            self._init_state(group, p)
         if self._built:  # added later: staggered among themselves, those before keep their steps
             self._timetable.stagger([p for p in group["params"] if p in self._index], self._gap)
 
     def _init_state(self, group: dict[str, Any], p: Tensor) -> None:
-        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
+        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
         shape = torch.Size(matrix_shape(p.shape, group)) if "view" in group else p.shape
         shards = None
         if is_spread(p):
@@ -269,9 +294,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
             if shapes[0] != shapes[1]:
                 raise ValueError(
                     f"state of parameter {index} is {shapes[0]} in state_dict and {shapes[1]} here: "
-                    "build the optimizer with the same rank, proj_type and rule"
+                    "build the optimizer with the same rank, proj_type, rule, combine, dtypes of state and basis, and moments "
+                    "at a refresh"
                 )
             pairs.append((ours, theirs))
+        _check_order(self.param_groups, state_dict["param_groups"])
         state = self.state
         super().load_state_dict({**state_dict, "state": {}})
         self.state = state
@@ -288,6 +315,16 @@ def _memory(rule: Rule, dtype: torch.dtype | None, transposed: bool = False) -> 
     return rule, Store(bits, transposed), torch.float32 if bits else dtype
 
 
+def _check_order(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError where both sides have names of parameters, the same ones, in another order."""
+    here, there = ([name for group in groups for name in group.get("param_names", ())] for groups in (ours, theirs))
+    if here != there and sorted(here) == sorted(there):
+        first, second = next(pair for pair in zip(here, there, strict=True) if pair[0] != pair[1])
+        raise ValueError(
+            f"state_dict has the same parameters in another order, {second} where {first} is here: build the same groups first"
+        )
+
+
 def _check_dtypes(
     state: torch.dtype | None,
     rule: Rule,
@@ -300,7 +337,7 @@ def _check_dtypes(
         ("dense_state_dtype", dense_state, (torch.int8, INT4)),
         ("basis_dtype", basis, (INT4,)),
     ):
-        if dtype is not None and not dtype.is_floating_point and dtype not in low:
+        if dtype is not None and dtype not in (*WIDE, *low):
             fewer = " or ".join(map(str, low))
             raise ValueError(f"{name}={dtype} is not supported: use torch.float32, torch.bfloat16, {fewer}")
     used = [("state_dtype", state, rule), *(("dense_state_dtype", dense_state, r) for r in dense_rules)]

@@ -47,7 +47,7 @@ def sweep(
         tensors = {"": U, **own}
         if not U.is_contiguous():
             tensors = {key: X.mT for key, X in tensors.items()}
-        rule.update_(tensors.pop(""), tensors, torch.tensor(float(step)), use)  # type: ignore[attr-defined]
+        rule.update_(tensors.pop(""), tensors, count_of(step), use)  # type: ignore[attr-defined]
     else:
         U = rule.update(R, moments, _at(rule, step, R), use)
     store.save(state, moments, use)
@@ -60,7 +60,12 @@ def _at(rule: Rule, step: Any, R: Tensor) -> Any:
         return step
     if hasattr(rule, "at"):
         return rule.at(step, torch.promote_types(R.dtype, torch.float32))
-    return torch.tensor(float(step))
+    return count_of(step)
+
+
+def count_of(step: int) -> Tensor:
+    """A count of steps as rules want it: 0-d, fp32, on the CPU whatever torch's defaults are."""
+    return torch.tensor(float(step), dtype=torch.float32, device="cpu")
 
 
 def _fuses(rule: Rule, R: Tensor, moments: State) -> bool:

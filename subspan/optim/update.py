@@ -14,6 +14,7 @@ of it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from subspan.optim.norms import parts_of, row_norms
 from subspan.optim.projectors import Side, orient, project_back
 from subspan.optim.quant import SIGNED, State, Store, stochastic_round
 from subspan.optim.rules import Muon, Rule
-from subspan.optim.sweep import compiled_sweep, sweep
+from subspan.optim.sweep import compiled_sweep, count_of, sweep
 
 if TYPE_CHECKING:
     from subspan.optim.shards import Shards
@@ -80,9 +81,9 @@ def update_weight(
     if not works_by_parts(rule) or R.ndim == 0:
         with mark("rule"):
             moments = store.load(state, R.shape)
-            U = _update_whole(rule, shards, _clean(R, live, factor), moments, torch.tensor(float(count)), use)
+            U = _update_whole(rule, shards, _clean(R, live, factor), moments, count_of(count), use)
             store.save(state, moments, use)
-            direction = U if use is None else U * use
+            direction = U if use is None else torch.where(use, U, 0)  # of a state of zeros it may be nan
     else:
         dim = store.dim(state, R)
         whole = R.shape[dim]
@@ -95,13 +96,13 @@ def update_weight(
                 _clean(r, lives, factor)
                 spare = side is not None and combine is None
                 U = (compiled_sweep if compiled else sweep)(rule, store, r, part, count, use, spare)
-                U = U if use is None else U * use
+                U = U if use is None else torch.where(use, U, 0)
             if side is None:
                 with mark("apply"):
                     move(U, start)
             elif length == whole:
                 direction = U
-            elif U is not r:
+            elif U is not r or combine is not None:
                 direction = torch.empty_like(R) if direction is None else direction
                 direction.narrow(dim, start, length).copy_(U)
         if side is None:
@@ -115,7 +116,7 @@ def update_weight(
         else:
             assert gradient is not None
             A = orient(gradient, side)
-            move(direction, lift=_combined(combine, Q, A, R, direction, live, factor, state, use, shards), whole=A)
+            move(direction, lift=_combined(combine, Q, A, R, direction, factor, state, use, shards), whole=A)
 
 
 def _combined(
@@ -124,7 +125,6 @@ def _combined(
     A: Tensor,
     R: Tensor,
     U: Tensor,
-    live: Tensor,
     factor: Tensor | None,
     state: State,
     use: Tensor | None,
@@ -132,17 +132,17 @@ def _combined(
 ) -> Callable[[int, int], Tensor]:
     """What makes columns `start` to `start + length` of D."""
     a, r, u = (row_norms(X.mT) for X in (A, R, U))
-    a = a if factor is None else a * factor
     d = Q.shape[-2]
     if shards is not None and shards.axis == "d":
         a, d = shards.norm(a), shards.rows
     joined = shards if shards is not None and shards.axis != "d" else None
     if joined is not None:
         a, r, u = (joined.gather(x) for x in (a, r, u))
+    finite = torch.linalg.vector_norm(a) < math.inf
+    a = a if factor is None else a * factor
     weights = combine.weights(a, r, u, (d, Q.shape[-1]), state, use)
     if joined is not None and weights is not None:
         weights = joined.part(weights)
-    finite = live.any()  # or zero
 
     def lift(start: int, length: int) -> Tensor:
         G = A.narrow(-1, start, length)

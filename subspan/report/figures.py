@@ -15,7 +15,7 @@ from subspan.diagnostics import FIELDS
 from subspan.extras import require
 from subspan.memory import GIB
 from subspan.plan import CARDS, MemoryPlan, Planner, describe_run, with_preset
-from subspan.training.config import TrainConfig
+from subspan.training.config import TrainConfig, without_baseline
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -46,7 +46,7 @@ def compare_methods(config: TrainConfig, planner: Planner) -> dict[str, MemoryPl
     they do everywhere; the three GaLores treat them as `config.optim.gradients` says.
     """
     state = config.optim.state_dtype or config.model.dtype
-    config = replace(config, model=replace(config.model, baseline=None))
+    config = replace(config, model=without_baseline(config.model))
     methods: dict[str, dict[str, Any]] = {
         "AdamW": {"preset": "adamw", "state_dtype": state, "gradients": "hold"},
         "8-bit Adam": {"preset": "adamw8bit", "state_dtype": None, "gradients": "hold"},

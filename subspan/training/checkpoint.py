@@ -322,7 +322,7 @@ def _facts(description: Mapping[str, Any]) -> dict[str, str]:
     tensors = {name: f"{dtype} {tuple(shape)}" for name, (dtype, shape) in description["tensors"].items()}
     facts = {name: text for name, text in tensors.items() if name.startswith("model.")} | {"rule": optimizer["rule"]}
     for name, (rank, proj_type, view) in optimizer["projected"].items():
-        facts[name] = f"of rank {rank}, proj_type {proj_type}, view {view}"
+        facts[f"projection of {name}"] = f"of rank {rank}, proj_type {proj_type}, view {view}"
     return facts | tensors
 
 

@@ -1,6 +1,6 @@
 """The configuration of a run: one dataclass per component, values checked where they are made.
 
-A field's docstring is its help text on the command line. A recipe is these four sections as YAML.
+A field's docstring is its help text on the command line. A recipe is these five sections as YAML.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ ProjectorName = Literal["subspace_iteration", "svd", "randomized_svd", "random"]
 
 WITHOUT_BETAS = {"galore_adafactor", "galore_sgd", "subspan", "adafactor", "muon", "sign_sgd", "scale_sgd"}
 WITHOUT_EPS = {"galore_lion", "galore_sgd", "subspan", "muon", "sign_sgd", "scale_sgd"}
-OF_BASES = ("projector", "basis_dtype", "moments", "moments_gate", "adaptive_refresh", "max_update_proj_gap")
-"""Fields of `OptimConfig` that a preset without bases has to leave null."""
+OF_BASES = ("projector", "basis_dtype", "moments", "moments_gate", "adaptive_refresh", "max_update_proj_gap", "align")
+"""Fields of `OptimConfig` that a preset without bases has to leave as they are."""
+OF_BASELINES = ("lora_alpha", "lora_dropout", "train_rest", "merge_every", "rewarm_steps")
+"""Fields of `ModelConfig` that a model without a baseline has to leave as they are."""
 FILLED_IN = ("scale", "gradients")
 """Those that null leaves to the preset and the rank."""
 
@@ -56,7 +58,7 @@ class ModelConfig:
     """Which network is trained."""
 
     name: str = "llama-9m"
-    """llama-2m, -9m, -25m, -60m, -130m, -350m, -1b, -7b, or the name or folder of any Hugging Face causal LM"""
+    """llama-2m, -9m, -25m, -60m, -130m, -350m, -1b, -7b, -13b, -70b, or the name or folder of any Hugging Face causal LM"""
     pretrained: bool = False
     """start from the weights of that Hugging Face model instead of random ones"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -67,7 +69,7 @@ class ModelConfig:
     """fields of the model's configuration to change, such as {hidden_size: 128}"""
     baseline: Baseline | None = None
     """lora: adapters beside frozen weights, relora: merged into them every so often, factorized: products of two thin weights;
-    at rank optim.rank, with optim.preset=adamw or adamw8bit"""
+    at rank optim.rank, with a preset of full rank, such as optim.preset=adamw"""
     lora_alpha: float = 32.0
     """adapters count alpha / rank times"""
     lora_dropout: float = 0.0
@@ -90,6 +92,10 @@ class ModelConfig:
         check_number("model.lora_dropout", self.lora_dropout, at_least=0, below=1)
         check_whole("model.merge_every", self.merge_every, minimum=1)
         check_whole("model.rewarm_steps", self.rewarm_steps, minimum=0)
+        adapters = ("model.baseline=lora or relora", "lora_alpha", "lora_dropout")
+        check_used("model", self, self.baseline is not None, "model.baseline", *OF_BASELINES)
+        check_used("model", self, self.baseline in ("lora", "relora"), *adapters)
+        check_used("model", self, self.baseline == "relora", "model.baseline=relora", "merge_every", "rewarm_steps")
         if not self.name:
             raise ValueError("model.name is empty: use llama-9m or another name from `subspan train --help`")
         if self.pretrained and self.overrides:
@@ -238,6 +244,11 @@ class OptimConfig:
                 f"optim.max_update_proj_gap={self.max_update_proj_gap} bounds a gap that grows: set optim.adaptive_refresh, "
                 "0.6 say, or drop it"
             )
+        if self.max_update_proj_gap is not None and self.max_update_proj_gap < 2 * self.update_proj_gap:
+            raise ValueError(
+                f"optim.max_update_proj_gap={self.max_update_proj_gap} leaves no room to double "
+                f"optim.update_proj_gap={self.update_proj_gap}: raise it, or drop optim.adaptive_refresh"
+            )
         check_choice("optim.proj_type", self.proj_type, ("std", "reverse_std", "left", "right"))
         check_choice("optim.projector", self.projector, (None, *get_args(ProjectorName)))
         check_choice("optim.moments", self.moments, (None, *get_args(Moments)))
@@ -273,10 +284,15 @@ class OptimConfig:
             ("eps", self.eps, {*get_args(Preset)} - WITHOUT_EPS),
             *((name, getattr(self, name), {*get_args(Preset)} - {*FULL_RANK}) for name in OF_BASES),
         ):
-            if value is not None and self.preset not in presets:
+            if value not in (None, False) and self.preset not in presets:
                 raise ValueError(
-                    f"optim.{name}={value} has no meaning with optim.preset={self.preset}: set optim.{name} to null"
+                    f"optim.{name}={value} has no meaning with optim.preset={self.preset}: set optim.{name} to "
+                    f"{'false' if value is True else 'null'}"
                 )
+        if self.compile and self.dense_rule is None and self.preset in ("adafactor", "galore_adafactor"):
+            raise ValueError(
+                f"optim.compile=true has no effect with optim.preset={self.preset}, which sees whole matrices: drop it"
+            )
 
 
 @dataclass
@@ -378,6 +394,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_parallel()
         check_sections(self.model, self.optim, self.run, passes=self.accumulation)
+        if self.int8_weights and self.optim.stochastic_rounding is False:
+            raise ValueError(
+                "optim.stochastic_rounding=false has no effect on weights in 8 bits, always rounded so: drop it"
+            )
         if self.model.baseline and self.model.int8:
             raise ValueError(f"model.int8=true and model.baseline={self.model.baseline} exclude each other: drop one")
         if self.run.diagnostics and (self.optim.gradients == "update" or self.optim.preset in FULL_RANK):
@@ -466,13 +486,18 @@ def load_config(path: Path) -> TrainConfig:
     try:
         return make_config(require("yaml", "train").safe_load(path.read_text(encoding="utf-8")))
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a configuration of subspan: {error}") from None
+        raise ValueError(f"{path} is not a configuration of subspan train: {error}") from None
 
 
 def make_config(sections: dict[str, Any]) -> TrainConfig:
     """The configuration of plain values, section by section."""
     made = {name: SECTIONS[name](**values) if name in SECTIONS else values for name, values in sections.items()}
     return TrainConfig(**made)
+
+
+def without_baseline(model: ModelConfig) -> ModelConfig:
+    """`model` as an ordinary one."""
+    return dataclasses.replace(model, baseline=None, **{name: getattr(ModelConfig, name) for name in OF_BASELINES})
 
 
 def as_list(value: str | list[str] | None) -> list[str] | None:
@@ -506,10 +531,33 @@ def check_sections(model: Any, optim: OptimConfig, run: Any, passes: int) -> Non
     if model.baseline and optim.preset not in FULL_RANK:
         raise ValueError(
             f"model.baseline={model.baseline} has thin weights of its own, which optim.preset={optim.preset} would "
-            "project: use optim.preset=adamw or adamw8bit"
+            f"project: use optim.preset=adamw, or another of full rank ({', '.join(FULL_RANK[1:])})"
+        )
+    if model.baseline and optim.targets:
+        raise ValueError(
+            f"optim.targets={optim.targets} says what is projected, and model.baseline={model.baseline} is on all linear layers "
+            "of attention and MLP: drop one of them"
+        )
+    if (
+        optim.stochastic_rounding
+        and model.dtype != "bfloat16"
+        and not getattr(model, "int8", None)
+        and optim.preset != "qgalore"
+    ):
+        raise ValueError(
+            f"optim.stochastic_rounding=true is for weights in bfloat16, and model.dtype={model.dtype}: set it to "
+            "bfloat16, or drop the rounding"
         )
     if run.autocast and model.dtype == "bfloat16":
         raise ValueError("run.autocast=true does nothing for weights of model.dtype=bfloat16: drop one of them")
+
+
+def check_used(section: str, config: Any, used: bool, needs: str, *names: str) -> None:
+    """ValueError for a field of `names` that is not as it is by default where nothing reads it."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    for name in names:
+        if not used and getattr(config, name) != defaults[name]:
+            raise ValueError(f"{section}.{name}={getattr(config, name)!r} has no effect without {needs}: drop it")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

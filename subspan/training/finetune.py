@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import statistics
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +34,8 @@ from subspan.training.config import as_given, save_config
 from subspan.training.evaluation import to_device
 from subspan.training.finetune_config import FinetuneConfig
 from subspan.training.models import save_pretrained
-from subspan.training.resume import CHECKPOINTS
+from subspan.training.optimizers import groups_of, make_optimizer
+from subspan.training.resume import CHECKPOINTS, Stopped, StopSignal
 from subspan.training.runlog import RunLog, json_ready, new_run_folder
 from subspan.training.tasks import TaskData, load_task
 from subspan.training.trainer import (
@@ -40,8 +43,6 @@ from subspan.training.trainer import (
     count_parameters,
     describe_device,
     find_device,
-    groups_of,
-    make_optimizer,
     versions,
     warm_up_and_decay,
 )
@@ -71,10 +72,11 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune and evaluate every seed, fill the run folder `config.run.out`, and return what its summary.json holds.
 
     Raises ValueError (one line) for anything in `config` that does not fit the rows, the model, the machine or the run that is
-    resumed; FloatingPointError when `MAX_SKIPPED` steps in a row are not finite.
+    resumed; Stopped when Ctrl-C or SIGTERM asked for it; FloatingPointError when `MAX_SKIPPED` steps in a row are not finite.
     """
-    run = config.run
     out = _run_folder(config)
+    config = _with_finished_seeds(config, out)
+    run = config.run
     device = find_device(run.device)
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -156,7 +158,7 @@ def _one_seed(
     log = RunLog(folder, steps=steps, log_every=run.log_every, start=progress.step, evaluated=progress.step)
     checkpointer = Checkpointer(folder / CHECKPOINTS, keep=1, say=log.say)
     collate = require("transformers", "train").DataCollatorWithPadding(tokenizer)
-    with log:
+    with log, StopSignal(log.say, doing="finishing this step") as stop:
         log.say(f"seed {seed}: {steps} steps, {run.epochs} epochs")
         while progress.epoch < run.epochs:
             progress.epoch += 1
@@ -206,6 +208,11 @@ def _one_seed(
                         f"loss or gradient was not finite for {MAX_SKIPPED} steps in a row, up to step {progress.step}: "
                         "lower --optim.lr, set --optim.max_grad_norm 1.0, or use --model.dtype float32"
                     )
+                if (asked := stop.asked()) is not None:
+                    with suppress(OSError):  # said before
+                        checkpointer.wait()
+                    saved = "epochs that ended are saved" if run.checkpoint_every else "seeds that ended are saved"
+                    raise Stopped(out, progress.step, steps, asked, "finetune", saved)
             scores = evaluate(model, task, collate, run.batch_size, autocast=run.autocast)
             progress.scores.append(scores)
             log.scores(progress.step, progress.epoch, **scores)
@@ -278,6 +285,14 @@ def _run_folder(config: FinetuneConfig) -> Path:
     return out
 
 
+def _with_finished_seeds(config: FinetuneConfig, out: Path) -> FinetuneConfig:
+    """`config` with the seeds that `out` has results of before its own, so that a summary is of all."""
+    found = (re.fullmatch(r"seed_(\d+)", path.parent.name) for path in out.glob("seed_*/result.json"))
+    finished = sorted(int(match[1]) for match in found if match)
+    seeds = list(dict.fromkeys([*finished, *config.run.seeds]))
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, seeds=seeds))
+
+
 def _check_rows(path: Path, sha256: str, task: TaskData) -> None:
     if sha256 != task.sha256:
         raise ValueError(f"{path} is of other rows: give the same data, or name another folder with --run.out")
@@ -326,7 +341,10 @@ def print_summary(summary: dict[str, Any]) -> None:
     require("rich.console", "train").Console().print(table)
     state = (sizes["basis"] + sizes["moments"]) / 2**20
     rows = [
-        ("optimizer state", f"{state:.1f} MiB; full-rank Adam in fp32 takes {sizes['adam_full_rank'] / 2**20:.1f} MiB"),
+        (
+            "optimizer state",
+            f"{state:.1f} MiB; Adam in fp32 on the same parameters takes {sizes['adam_full_rank'] / 2**20:.1f} MiB",
+        ),
         ("weights", f"{sizes['weights'] / 2**20:.1f} MiB, gradients at most {sizes['gradients'] / 2**20:.1f} MiB"),
         ("peak memory", f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB, measured"),
         ("run folder", f"{out}: {', '.join(sorted(path.name for path in Path(out).expanduser().iterdir()))}"),

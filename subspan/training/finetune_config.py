@@ -13,6 +13,7 @@ from subspan.training.config import (
     check_number,
     check_run,
     check_sections,
+    check_used,
     check_whole,
 )
 
@@ -28,7 +29,7 @@ class ClassifierConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the weights and gradients"""
     baseline: Literal["lora"] | None = None
-    """lora: adapters beside frozen weights, at rank optim.rank, with optim.preset=adamw or adamw8bit; the head is trained too"""
+    """lora: adapters beside frozen weights, at rank optim.rank, with a full-rank preset such as adamw; the head is trained too"""
     lora_alpha: float = 16.0
     """adapters count alpha / rank times"""
     lora_dropout: float = 0.0
@@ -43,6 +44,8 @@ class ClassifierConfig:
         check_choice("model.baseline", self.baseline, (None, "lora"))
         check_number("model.lora_alpha", self.lora_alpha, above=0)
         check_number("model.lora_dropout", self.lora_dropout, at_least=0, below=1)
+        adapters = ("model.baseline=lora", "lora_alpha", "lora_dropout", "train_rest")
+        check_used("model", self, self.baseline is not None, *adapters)
         if not self.name:
             raise ValueError("model.name is empty: use FacebookAI/roberta-base or the folder of a model")
 
@@ -87,6 +90,7 @@ class TaskConfig:
         check_whole("data.max_valid_rows", self.max_valid_rows, minimum=1, optional=True)
         if self.columns is not None and len(self.columns) not in (1, 2):
             raise ValueError(f"data.columns={self.columns} must name one or two columns, as in [question, sentence]")
+        check_used("data", self, bool(self.dataset), "data.dataset", "train_split", "valid_split")
         given = {"data.folder": self.folder, "data.train_files": self.train_files, "data.dataset": self.dataset}
         named = [name for name, value in given.items() if value]
         if len(named) > 1:

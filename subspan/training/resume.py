@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from subspan.training.checkpoint import newest
-from subspan.training.config import TrainConfig
+from subspan.training.config import TrainConfig, load_config
 from subspan.training.runlog import new_run_folder
 
 T = TypeVar("T")
@@ -24,17 +24,27 @@ CHECKPOINTS = "checkpoints"
 
 
 class Stopped(Exception):
-    """A run ended before its end because a signal asked for it; everything is saved."""
+    """A run ended before its end because a signal asked for it; `saved` says what is."""
 
-    def __init__(self, out: Path, step: int, steps: int, signal_number: int) -> None:
+    def __init__(
+        self,
+        out: Path,
+        step: int,
+        steps: int,
+        signal_number: int,
+        subcommand: str = "train",
+        saved: str = "all is saved",
+    ) -> None:
         self.out, self.step, self.steps, self.signal_number = out, step, steps, signal_number
+        self.subcommand, self.saved = subcommand, saved
         super().__init__(self.message())
 
     def message(self, command: str = "subspan") -> str:
         """What happened and how to go on; `command` is what to type for subspan."""
+        config = shlex.quote(str(self.out / "config.yaml"))
         return (
-            f"stopped by {signal.Signals(self.signal_number).name} after step {self.step} of {self.steps}, all is saved; "
-            f"go on with: {command} train --config {shlex.quote(str(self.out / 'config.yaml'))} --resume auto"
+            f"stopped by {signal.Signals(self.signal_number).name} after step {self.step} of {self.steps}, {self.saved}; "
+            f"go on with: {command} {self.subcommand} --config {config} --resume auto"
         )
 
 
@@ -44,9 +54,14 @@ class StopSignal:
     A second Ctrl-C is an ordinary one. Outside the main thread, where Python has no signals, it never asks for anything.
     """
 
-    def __init__(self, say: Callable[[str], None], agree: Callable[[int], int] = lambda number: number) -> None:
-        """agree: the largest of a number of every process, where there are several."""
-        self.say, self.agree = say, agree
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        agree: Callable[[int], int] = lambda number: number,
+        doing: str = "finishing this step and saving",
+    ) -> None:
+        """agree: the largest of a number of every process, where there are several. doing: until the run ends."""
+        self.say, self.agree, self.doing = say, agree, doing
         self.number: int | None = None
         self.before: dict[int, Any] = {}
 
@@ -65,7 +80,7 @@ class StopSignal:
             raise KeyboardInterrupt
         self.number = number
         with suppress(RuntimeError):  # Python does not print inside a print: the request counts, heard or not
-            self.say(f"{signal.Signals(number).name}: finishing this step and saving; Ctrl-C again stops at once")
+            self.say(f"{signal.Signals(number).name}: {self.doing}; Ctrl-C again stops at once")
 
     def until_asked(self, items: Iterable[T]) -> Iterator[T]:
         """`items`, up to the request: then `Interrupted`."""
@@ -119,9 +134,29 @@ def check_text(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     for key, value in there.items():
         if here.get(key) != value:
             what = (
-                "its training text is another one" if key == "sha256" else f"{key} was {value} and is {here.get(key)}"
+                "its text, of training or of validation, is another one"
+                if key == "sha256"
+                else f"{key} was {value} and is {here.get(key)}"
             )
             raise ValueError(f"checkpoint {path} cannot be continued: {what}, so its position would mean other samples")
+
+
+def keep_old_config(config: TrainConfig, out: Path, step: int) -> list[str]:
+    """Before config.yaml is written anew: if it says other things than `config`, it is kept as config_to_step_N.yaml. Returns
+    what they are, a line each."""
+    path = out / "config.yaml"
+    if not path.is_file():
+        return []
+    there, here = dataclasses.asdict(load_config(path)), dataclasses.asdict(config)
+    changed = [
+        f"resume: {section}.{name} was {there[section][name]} and is {value} from step {step + 1} on"
+        for section, values in here.items()
+        for name, value in (values.items() if isinstance(values, dict) else ())
+        if there[section][name] != value
+    ]
+    if changed:
+        path.replace(out / f"config_to_step_{step}.yaml")
+    return changed
 
 
 def find_start(config: TrainConfig, say: Callable[[str], None] = print) -> tuple[Path, Path | None]:

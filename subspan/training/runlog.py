@@ -7,13 +7,14 @@ import json
 import math
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from subspan.diagnostics import FIELDS
 from subspan.extras import require
 from subspan.optim.presets import FULL_RANK
-from subspan.training.config import OF_BASES
+from subspan.training.config import OF_BASELINES, OF_BASES, ModelConfig, OptimConfig
 
 
 class RunLog:
@@ -143,22 +144,32 @@ def describe_summary(summary: dict[str, Any], command: str = "subspan") -> str:
     )
     change = f"--optim.preset {preset} --optim.lr {lr} --run.out {shlex.quote(f'{out}_{preset}')}"
     if preset == "adamw":
-        change += "".join(f" --optim.{key} null" for key in OF_BASES if config["optim"][key] is not None)
+        change += _back_to_default(config, "optim", OptimConfig, OF_BASES)
         change += " --run.diagnostics false" if config["run"]["diagnostics"] else ""
     elif config["model"]["baseline"]:
-        change += " --model.baseline null"
+        change += " --model.baseline null" + _back_to_default(config, "model", ModelConfig, OF_BASELINES)
     start = "" if summary["first_loss"] is None else f"; the first step's loss was {summary['first_loss']:.4f}"
     rows = [
         ("validation loss", f"{summary['valid_loss']:.4f} nats per token{start}"),
         ("perplexity", f"{summary['perplexity']:.2f}, as unsure as among that many equally likely pieces"),
         ("trained on", f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s"),
-        ("optimizer state", f"{_mib(state)}; full-rank Adam in fp32 takes {_mib(sizes['adam_full_rank'])}"),
+        (
+            "optimizer state",
+            f"{_mib(state)}; Adam in fp32 on the same parameters takes {_mib(sizes['adam_full_rank'])}",
+        ),
         ("run folder", f"{out}: {', '.join(sorted(path.name for path in Path(out).expanduser().iterdir()))}"),
         ("try next", f"{name}, to compare: {command} train --config {folder}/config.yaml {change}"),
     ]
     if config["run"]["export"]:
         rows.insert(-1, ("evaluate", f"{command} eval {folder}"))
     return "\n".join(f"  {name:<16} {value}" for name, value in rows)
+
+
+def _back_to_default(config: dict[str, Any], section: str, made_by: type, names: Sequence[str]) -> str:
+    """The options that set these fields back."""
+    usual = {name: getattr(made_by, name) for name in names}
+    changed = [name for name in names if config[section][name] != usual[name]]
+    return "".join(f" --{section}.{name} {json.dumps(usual[name])}" for name in changed)
 
 
 def new_run_folder(name: str) -> Path:

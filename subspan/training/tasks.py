@@ -196,8 +196,13 @@ def _file_rows(path: Path, argument: str) -> Iterator[tuple[str, Mapping[str, An
         reader = csv.DictReader(
             stream, delimiter="\t" if tsv else ",", quoting=csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL
         )
-        for row in reader:
-            yield f"{path}:{reader.line_num}", row
+        try:
+            for row in reader:
+                yield f"{path}:{reader.line_num}", row
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(
+                f"{argument}: {path} cannot be read after line {reader.line_num} ({error}): save it as UTF-8"
+            ) from None
 
 
 def _columns(data: TaskConfig, task: Task | None, row: Mapping[str, Any], where: str) -> Sequence[str]:

@@ -21,19 +21,17 @@ from subspan.diagnostics import Diagnostics
 from subspan.extras import require
 from subspan.memory import count_memory, peak_memory
 from subspan.optim.dtensors import whole
-from subspan.optim.groups import describe_groups, param_groups
+from subspan.optim.groups import describe_groups
 from subspan.optim.marks import mark
 from subspan.optim.optimizer import ProjectedOptimizer
-from subspan.optim.presets import FULL_RANK, PRESETS
-from subspan.optim.projectors import SVD, Random, RandomizedSVD, SubspaceIteration
-from subspan.optim.refresh import Refresh
-from subspan.optim.rules import Adafactor, Adam, Lion, Rule, SGDMomentum
+from subspan.optim.presets import FULL_RANK
 from subspan.training.baselines import add_baseline, merge, restart_adapters, restart_factor
 from subspan.training.checkpoint import Checkpointer, load
-from subspan.training.config import OptimConfig, RunConfig, TrainConfig, save_config
+from subspan.training.config import RunConfig, TrainConfig, save_config
 from subspan.training.data import StreamDataset, make_loader
 from subspan.training.evaluation import Batch, EvalResult, check_documents_apart, evaluate, to_device, trained_tokens
 from subspan.training.models import build_model, compile_blocks, model_config, save_pretrained
+from subspan.training.optimizers import build_optimizer, groups_of
 from subspan.training.processes import Processes, make_mesh, shard_model
 from subspan.training.profile import SKIPPED, StepProfiler
 from subspan.training.resume import (
@@ -44,6 +42,7 @@ from subspan.training.resume import (
     StopSignal,
     check_text,
     find_start,
+    keep_old_config,
     text_identity,
 )
 from subspan.training.runlog import RunLog, Silence, json_ready
@@ -56,83 +55,6 @@ OptimizerFactory = Callable[[nn.Module, TrainConfig], Optimizer]
 
 MAX_SKIPPED = 10
 """Steps in a row that may be skipped for a loss or gradient that is not finite before the run stops."""
-
-RULES: dict[str, type[Rule]] = {"adam": Adam, "adafactor": Adafactor, "lion": Lion, "sgd": SGDMomentum}
-PROJECTORS = {"subspace_iteration": SubspaceIteration, "svd": SVD, "randomized_svd": RandomizedSVD, "random": Random}
-
-
-def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """The optimizer of `config.optim` over the parameter groups of `model`."""
-    average_over = torch.distributed.group.WORLD if config.averages_low_rank else None
-    return make_optimizer(model, config.optim, config.run.seed, average_over=average_over)
-
-
-def groups_of(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """The parameter groups of `model`."""
-    assert optim.scale is not None  # OptimConfig has filled it in
-    return param_groups(
-        model,
-        rank=None if optim.preset in FULL_RANK else optim.rank,
-        targets=optim.targets,
-        scale=optim.scale,
-        update_proj_gap=optim.update_proj_gap,
-        proj_type=optim.proj_type,
-        dense_lr=optim.dense_lr,
-        split=optim.preset == "scale_sgd",
-        verbose=False,
-    )
-
-
-def make_optimizer(
-    model: nn.Module,
-    optim: OptimConfig,
-    seed: int,
-    stagger: int | None = None,
-    groups: list[dict[str, Any]] | None = None,
-    **more: Any,
-) -> ProjectedOptimizer:
-    """The same by parts. stagger: steps within which every random first basis is replaced; None: the optimizer's own way.
-    groups: None: `groups_of(model, optim)`. more: for the optimizer."""
-    assert optim.gradients is not None
-    given: dict[str, Any] = {
-        "betas": tuple(optim.betas) if optim.betas else None,
-        "eps": optim.eps,
-        "projector": PROJECTORS[optim.projector]() if optim.projector else None,
-        "state_dtype": getattr(torch, optim.state_dtype) if optim.state_dtype else None,
-        "basis_dtype": getattr(torch, optim.basis_dtype) if optim.basis_dtype else None,
-        "dense_rule": _dense_rule(optim) if optim.dense_rule else None,
-        "dense_state_dtype": getattr(torch, optim.dense_state_dtype) if optim.dense_state_dtype else None,
-        "stochastic_rounding": optim.stochastic_rounding,
-        "max_grad_norm": optim.max_grad_norm or None,
-    }
-    return PRESETS[optim.preset](
-        groups_of(model, optim) if groups is None else groups,
-        optim.lr,
-        weight_decay=optim.weight_decay,
-        refresh=Refresh(
-            first="random" if stagger else None,
-            stagger=stagger,
-            adaptive=optim.adaptive_refresh,
-            max_gap=optim.max_update_proj_gap,
-            moments=optim.moments,
-            gate=optim.moments_gate,
-            align=optim.align,
-            seed=seed,
-        ),
-        gradients=optim.gradients,
-        compile=optim.compile,
-        **more,
-        **{key: value for key, value in given.items() if value is not None},
-    )
-
-
-def _dense_rule(optim: OptimConfig) -> Rule:
-    """Of `optim.dense_rule`. Where both rules are Adam, they have the same hyperparameters."""
-    assert optim.dense_rule is not None
-    if optim.dense_rule != "adam" or optim.preset in ("galore_lion", "galore_adafactor", "adafactor"):
-        return RULES[optim.dense_rule]()
-    given = {"betas": tuple(optim.betas) if optim.betas else None, "eps": optim.eps}
-    return RULES["adam"](**{key: value for key, value in given.items() if value is not None})
 
 
 def train(config: TrainConfig, build_optimizer: OptimizerFactory = build_optimizer) -> dict[str, Any]:
@@ -264,6 +186,8 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
     checkpointer = Checkpointer(out / CHECKPOINTS, keep=run.keep_checkpoints, say=log.say, processes=processes)
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
+        for line in keep_old_config(config, out, progress.step) if checkpoint else ():
+            say(line)
         save_config(config, out / "config.yaml")  # before all else: it makes the folder one that --resume auto knows
         if progress.step < run.steps:
             (out / "summary.json").unlink(missing_ok=True)  # of a run that ended earlier
@@ -424,10 +348,16 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
         "versions": versions(),
         "config": dataclasses.asdict(config),
     }
-    if run.export:
-        _export(model, corpus.tokenizer, out / "model", processes)
     if processes.first:
         (out / "summary.json").write_text(json.dumps(json_ready(summary), indent=2) + "\n", encoding="utf-8")
+    if run.export:
+        try:
+            _export(model, corpus.tokenizer, out / "model", processes)
+        except (OSError, require("safetensors", "train").SafetensorError) as error:  # a full disk, most of the time
+            raise OSError(
+                f"the trained model could not be written to {out / 'model'} ({error}): make room, then the same "
+                "command with --resume auto writes it from the last checkpoint"
+            ) from error
     return summary
 
 
