@@ -48,10 +48,10 @@ RULES = {
         "shows the end of a step, after a backward pass",
         "loss = model(**next(iter(loader))).loss; loss.backward(); loss = loss.detach()",
     ),
-    ("README.md", "from subspan.distributed import shard_along"): Rule(
+    ("docs/distributed.md", "from subspan.distributed import shard_along"): Rule(
         "skip", "wants eight GPUs; tests/test_shards.py does the same with processes on a CPU"
     ),
-    ("README.md", "from subspan.distributed import ignore_projected"): Rule(
+    ("docs/distributed.md", "from subspan.distributed import ignore_projected"): Rule(
         "prepare", "wants a process group, and a new model", "one_process(); model, loader = fresh()"
     ),
     ("docs/distributed.md", "#!/bin/bash"): Rule("skip", "is a job for Slurm; the commands above it are checked"),
