@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 from subspan import __version__, doctor
+from subspan.checks import check_whole
 from subspan.extras import require
 from subspan.training.config import (
     FILLED_IN,
@@ -26,7 +27,6 @@ from subspan.training.config import (
     RunConfig,
     TrainConfig,
     as_given,
-    check_whole,
     load_config,
     make_config,
 )

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from subspan.checks import check_whole
 from subspan.memory import GIB
 from subspan.plan import Planner
 from subspan.traffic import Payload, sent
-from subspan.training.config import ParallelConfig, TrainConfig, check_whole
+from subspan.training.config import ParallelConfig, TrainConfig
 
 WORDS = {
     "passes": "weights and gradients",

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "subspan"
 
 LAYERS = {
     "advice": 0,
+    "checks": 0,
     "extras": 0,
     "optim.books": 0,
     "optim.copies": 2,
@@ -77,7 +78,6 @@ SIBLINGS = {
     ("optim.optimizer", "optim.refresh"),
     ("optim.presets", "optim.refresh"),
     ("optim.presets", "optim.combine"),
-    ("optim.refresh", "optim.groups"),
     ("optim.sweep", "optim.refresh"),
     ("optim.optimizer", "optim.backward"),
     ("optim.backward", "optim.optimizer"),

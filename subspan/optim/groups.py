@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from subspan.checks import check_whole
 from subspan.optim import int8
 from subspan.optim.projectors import check_proj_type
 
@@ -271,8 +272,8 @@ def check_group(group: dict[str, Any], names: list[str]) -> None:
         if not p.is_floating_point():
             raise ValueError(f"{name} of dtype {p.dtype} cannot be trained: use a real floating dtype")
     if "rank" in group:
-        check_whole("rank", group["rank"])
-        check_whole("update_proj_gap", group["update_proj_gap"])
+        check_whole("rank", group["rank"], minimum=1)
+        check_whole("update_proj_gap", group["update_proj_gap"], minimum=1)
         check_proj_type(group["proj_type"])
         if isinstance(group["scale"], (str, bool)) or not math.isfinite(group["scale"]):
             raise ValueError(f"scale={group['scale']!r} must be a number: 0.25 is the paper's")
@@ -297,8 +298,3 @@ def check_group(group: dict[str, Any], names: list[str]) -> None:
             raise ValueError(
                 f"{name} of shape {shape} is not contiguous: call .contiguous() before building the optimizer"
             )
-
-
-def check_whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")

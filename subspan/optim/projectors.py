@@ -21,6 +21,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from subspan.checks import check_whole
 from subspan.optim.dtensors import beside, summed, whole
 
 Side = Literal["left", "right"]
@@ -182,8 +183,8 @@ class RandomizedSVD:
     n_iter: int = 2
 
     def __post_init__(self) -> None:
-        _check_count("oversample", self.oversample, 0)
-        _check_count("n_iter", self.n_iter, 1)
+        check_whole("oversample", self.oversample, minimum=0)
+        check_whole("n_iter", self.n_iter, minimum=1)
 
     def basis(self, G: Tensor, side: Side, rank: int, previous: Tensor | None, seed: int) -> Tensor:
         A = orient(G, side)
@@ -215,8 +216,8 @@ class SubspaceIteration:
 
     def __post_init__(self) -> None:
         if self.n_iter is not None:
-            _check_count("n_iter", self.n_iter, 1)
-        _check_count("cold_iter", self.cold_iter, 1)
+            check_whole("n_iter", self.n_iter, minimum=1)
+        check_whole("cold_iter", self.cold_iter, minimum=1)
 
     def basis(self, G: Tensor, side: Side, rank: int, previous: Tensor | None, seed: int) -> Tensor:
         A = orient(G, side)
@@ -246,8 +247,3 @@ def _half_power(A: Tensor, Q: Tensor) -> Tensor:
         Z, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(A.dtype, torch.float32)
     )
     return whole(A @ (Z / norm.clamp_min(torch.finfo(torch.float32).tiny)).to(A.dtype))
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")

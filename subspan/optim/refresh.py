@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from subspan.optim.groups import check_whole
+from subspan.checks import check_whole
 
 Moments = Literal["keep", "reset", "transport"]
 
@@ -50,13 +50,13 @@ class Refresh:
         if self.first not in (None, "gradient", "random"):
             raise ValueError(f"first={self.first!r} is unknown: use 'gradient' or 'random'")
         if self.stagger is not None:
-            check_whole("stagger", self.stagger)
+            check_whole("stagger", self.stagger, minimum=1)
             if self.first == "gradient":
                 raise ValueError("stagger needs a basis before the first refresh: set first='random' or drop stagger")
         if self.adaptive is not None and not 0 <= self.adaptive < 1:
             raise ValueError(f"adaptive={self.adaptive!r} must be an overlap in [0, 1), such as 0.6, or None")
         if self.max_gap is not None:
-            check_whole("max_gap", self.max_gap)
+            check_whole("max_gap", self.max_gap, minimum=1)
             if self.adaptive is None:
                 raise ValueError(
                     f"max_gap={self.max_gap} bounds a gap that grows: set adaptive=0.6, say, or drop max_gap"

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from subspan.checks import check_choice, check_number, check_whole
 from subspan.optim.presets import SCALES
 from subspan.training.config import (
     OptimConfig,
     as_list,
-    check_choice,
-    check_number,
     check_run,
     check_sections,
     check_used,
-    check_whole,
 )
 
 Metric = Literal["accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman"]
