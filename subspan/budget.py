@@ -105,12 +105,13 @@ def _fits(config: TrainConfig, budget: int, space: Space, planner: Planner) -> l
 def _presets_and_ranks(config: TrainConfig, space: Space) -> Iterator[tuple[str, int]]:
     ranks = space.ranks
     if ranks is None:
-        hidden: int = model_config(config.model.name, config.model.overrides).hidden_size
+        hidden: int = model_config(config.model.name, config.model.overrides).get_text_config().hidden_size
         ranks = [max(1, hidden // part) for part in (2, 4, 8)]
     for preset in space.presets:
         if preset == "qgalore" and config.parallel.count > 1:
             continue  # INT8 weights are of one process
-        for rank in ranks[:1] if preset in FULL_RANK else ranks:
+        adapters = preset in FULL_RANK and config.model.baseline and space.ranks is None
+        for rank in [config.optim.rank] if adapters else ranks[:1] if preset in FULL_RANK else ranks:
             yield preset, rank
 
 

@@ -312,7 +312,7 @@ def plan_config(arguments: Any) -> tuple[TrainConfig, int | None]:
         name = arguments.model or next(iter(LLAMA))  # that of a search for the largest
         config = TrainConfig(model=ModelConfig(name=name, dtype="bfloat16"), run=RunConfig(batch_size=1))
         if arguments.rank is None:
-            config.optim.rank = max(1, model_config(name).hidden_size // 4)
+            config.optim.rank = max(1, model_config(name).get_text_config().hidden_size // 4)
     else:
         raise ValueError(
             "--model is missing: name a model, as in subspan plan --model llama-7b, or give a --config, or a --budget for which "

@@ -229,6 +229,7 @@ class SubspanCallback(TrainerCallback):
             )
         clip_in_optimizer()
         self.undo.close()  # of a training that has ended with an error
+        own.zero_grad()  # Trainer's own zero_grad does not reach low-rank gradients that it left
         self.model, self.optimizer, self.first = model, own, state.is_world_process_zero
         self.processes = args.world_size
         self.memory: MemoryTable = count_memory(model, own)
@@ -286,7 +287,11 @@ class SubspanCallback(TrainerCallback):
                 "step": state.global_step,
                 "tokens": self.tokens,
                 **{name: logs[theirs] for name, theirs in named.items() if theirs in logs},
-                "tokens_per_second": (self.tokens - tokens) / (self.seconds - since),
+                **(
+                    {"tokens_per_second": (self.tokens - tokens) / (self.seconds - since)}
+                    if self.seconds > since
+                    else {}
+                ),
                 "peak_memory_bytes": peak_memory(args.device),
                 "seconds": self.seconds,
             }

@@ -44,7 +44,7 @@ from subspan.optim.quant import init_basis, quantize, write_basis
 from subspan.simulation import Cost, Phase, PhaseName, Trace, put_together, watch_passes, watch_update
 from subspan.traffic import Payload
 from subspan.training.baselines import add_baseline
-from subspan.training.config import OF_BASES, OptimConfig, TrainConfig, as_given
+from subspan.training.config import OF_BASES, WITHOUT_BETAS, WITHOUT_EPS, OptimConfig, TrainConfig, as_given
 from subspan.training.models import build_model
 from subspan.training.optimizers import build_optimizer, groups_of
 from subspan.training.processes import make_mesh, shard_model
@@ -174,6 +174,10 @@ def with_preset(optim: OptimConfig, preset: str, **changes: Any) -> OptimConfig:
     values = as_given(optim) | changes
     if preset in FULL_RANK:
         values |= {name: getattr(OptimConfig, name) for name in OF_BASES}
+    values["betas"] = None if preset in WITHOUT_BETAS else values["betas"]
+    values["eps"] = None if preset in WITHOUT_EPS else values["eps"]
+    if preset == "qgalore" and values["stochastic_rounding"] is False:
+        values["stochastic_rounding"] = None
     if preset in FULL_GRADIENT and values["gradients"] == "project":
         values["gradients"] = "hold"
     return type(optim)(**{**values, "preset": preset})

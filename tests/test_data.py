@@ -111,7 +111,7 @@ def test_recursive_globs(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     corpus = load_corpus([f"{tmp_path}/**/*.txt"], valid_files=[f"{tmp_path}/a.txt"])
-    assert corpus.train == ["a.txt", "x/b.txt", "x/y/c.txt"]
+    assert corpus.train == ["x/b.txt", "x/y/c.txt"]
 
 
 def test_held_out_documents_depend_on_their_text_alone(tmp_path: Path) -> None:
@@ -618,6 +618,34 @@ def test_stream_evaluation(tokenizer: Any, stream_folder: str) -> None:
     first = [batch["input_ids"].tolist() for batch in loader]
     assert [len(batch) for batch in first] == [2, 1]
     assert [batch["input_ids"].tolist() for batch in loader] == first
+
+
+def test_blank_rows_of_a_stream_are_left_out(tokenizer: Any, tmp_path: Path) -> None:
+    """As those of files: no row ends a run in its middle, or becomes an end of text of nothing."""
+    folders = []
+    for name, texts in (("dense", ["one two", "three"]), ("gaps", ["", "one two", None, " \n", "three", None])):
+        (tmp_path / name).mkdir()
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / name / "train.jsonl").write_text(rows)
+        folders.append(str(tmp_path / name))
+    first = [next(iter(StreamDataset(folder, tokenizer, 8)))["input_ids"].tolist() for folder in folders]
+    assert first[0] == first[1]
+
+
+def test_a_short_validation_split_is_found_before_training(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "validation.jsonl").write_text(json.dumps({"text": "few"}) + "\n")
+    dataset = StreamDataset(str(tmp_path / "d"), tokenizer, 64, split="validation", repeat=False)
+    refuse(
+        lambda: eval_loader(dataset, batch_size=1, max_sequences=2), "data.valid_split", "fewer than data.seq_len=64"
+    )
+
+
+def test_validation_files_are_not_trained_on(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "valid.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+    corpus = load_corpus([f"{tmp_path}/*.txt"], valid_files=[f"{tmp_path}/valid.txt"])
+    assert (corpus.train, corpus.valid) == (["text of a.txt", "text of b.txt"], ["text of valid.txt"])
 
 
 def test_streams_refuse(tokenizer: Any, stream_folder: str, tmp_path: Path) -> None:

@@ -623,3 +623,12 @@ def test_groups_are_those_of_the_floating_model():
         for model in models
     ]
     assert names[0] == names[1]
+
+
+def test_memory_can_be_shared():
+    """torch would follow a null pointer."""
+    p = nn.Parameter(Int8Weight.from_float(torch.randn(4, 300)))
+    before = p.dequantize()
+    p.share_memory_()
+    assert p.codes.is_shared()
+    assert p.dequantize().equal(before)

@@ -24,7 +24,7 @@ from subspan.memory import peak_memory
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.presets import FULL_RANK, PRESETS
 from subspan.optim.quant import quantize
-from subspan.plan import Planner, plan_memory
+from subspan.plan import Planner, plan_memory, with_preset
 from subspan.report.figures import compare_methods
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from subspan.training.models import build_model
@@ -400,6 +400,28 @@ def test_a_search_leaves_out_what_a_run_cannot_have() -> None:
     config.optim, config.model.baseline = OptimConfig(preset="adamw", rank=16), "lora"
     assert [fit.config.model.baseline for fit in search(config, 2**40, space, planner)] == ["lora", None]
     assert len(compare_methods(config, planner)) == 6
+
+
+def test_a_preset_drops_what_it_cannot_have() -> None:
+    """A search for a budget tries presets that the user never named."""
+    given = OptimConfig(betas=[0.9, 0.95], eps=1e-6, stochastic_rounding=False, align=True, adaptive_refresh=0.6)
+    for preset in PRESETS:
+        optim = with_preset(given, preset)
+        assert optim.preset == preset
+        assert with_preset(optim, "qgalore").stochastic_rounding is None
+    assert with_preset(given, "subspan").align is False
+
+
+def test_adapters_keep_their_rank_in_a_search() -> None:
+    config = TrainConfig(
+        model=ModelConfig(name="llama-2m", baseline="lora"),
+        optim=OptimConfig(preset="adamw", rank=8),
+        run=RunConfig(batch_size=1),
+    )
+    pytest.importorskip("peft")
+    space = Space(presets=("adamw",), micro_batches=(1,), checkpointing=(False,))
+    (fit,) = search(config, 2**30, space)
+    assert fit.config.optim.rank == 8
 
 
 def test_a_budget_that_nothing_fits_says_what_is_missing() -> None:

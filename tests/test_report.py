@@ -22,7 +22,9 @@ from tiny import tiny_config
 from subspan import cli
 from subspan.diagnostics import FIELDS
 from subspan.plan import Planner
+from subspan.report.page import report_page
 from subspan.report.runs import POINTS, command_of, drift, durations, read_runs, smooth, thin
+from subspan.report.tables import facts_of
 from subspan.training.config import save_config
 from subspan.training.finetune_config import (
     ClassifierConfig,
@@ -578,3 +580,15 @@ def test_a_page_of_100_000_steps_draws_no_more_than_it_must(browser: Any, long_p
     assert max(points) <= POINTS
     assert page.complaints == []
     page.context.close()
+
+
+def test_scores_and_losses_that_are_not_numbers_make_a_page(tmp_path: Path) -> None:
+    """A correlation may be nan; a run that diverged after its last good evaluation ended with no loss, not with that one."""
+    tuned, diverged = write_seeds(tmp_path / "tuned"), write_run(tmp_path / "diverged")
+    result = {"best": {"epoch": 1, "pearson": None, "valid_loss": 0.5}}
+    (tuned / "seed_1" / "result.json").write_text(json.dumps(result))
+    summary = json.loads((diverged / "summary.json").read_text())
+    (diverged / "summary.json").write_text(json.dumps(summary | {"valid_loss": None}))
+    runs = read_runs([str(tuned), str(diverged)])
+    assert "pearson -" in report_page(runs)
+    assert dict(facts_of(next(run for run in runs if run.name == "diverged")))["validation loss"] == ""

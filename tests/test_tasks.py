@@ -42,6 +42,12 @@ def test_a_table_that_is_not_utf_8_is_named(tokenizer: Any, tmp_path: Path) -> N
         load_task(TaskConfig(train_files=str(file), valid_files=str(file)), tokenizer)
 
 
+def test_an_empty_text_has_a_token(tokenizer: Any, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "train.csv", [*ROWS, {"sentence": "", "label": 1}])
+    data = load_task(TaskConfig(train_files=file, valid_files=file), tokenizer)
+    assert min(len(ids) for ids in data.train["input_ids"]) >= 1
+
+
 def test_a_table_with_a_long_text(tokenizer: Any, tmp_path: Path) -> None:
     rows = [*ROWS, {"sentence": "dog " * 50_000, "label": 0}]
     file = write_rows(tmp_path / "train.csv", rows)

@@ -372,11 +372,18 @@ def _outside(X: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
     return tuple(X.shape), X.dtype, X.device
 
 
+def _share_memory(W: Int8Weight) -> Int8Weight:
+    for part in (W.codes, W.scale):
+        part.share_memory_()  # type: ignore[no-untyped-call]
+    return W
+
+
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     nn.functional.linear: _linear,
     nn.functional.embedding: _embedding,
     torch.addmm: _addmm,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    Tensor.share_memory_: _share_memory,
 }
 
 

@@ -216,7 +216,9 @@ def _energy(found: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
 
     def medians(name: str) -> list[float | None]:
-        columns = zip(*found["fields"].get(name, []), strict=True)
+        if name not in found["fields"]:
+            return [None] * len(found["step"])
+        columns = zip(*found["fields"][name], strict=True)
         there = [[value for value in column if value is not None] for column in columns]
         return [median(values) if values else None for values in there]
 

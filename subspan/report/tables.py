@@ -186,10 +186,12 @@ def facts_of(run: Run) -> list[tuple[str, str]]:
     """(what, text) of a run; an empty text where it is not known."""
     sizes = run.summary.get("bytes")
     basis, moments = number(sizes, "basis"), number(sizes, "moments")
-    loss = run.last("valid_loss")
+    loss = number(run.summary, "valid_loss") if "valid_loss" in run.summary else run.last("valid_loss")
     best = run.summary.get("best")
     scores = (
-        [f"{name} {value:.4f}" for name, value in best.items() if name not in ("epoch", "valid_loss")] if best else []
+        [f"{name} {_text(number(best, name)) or '-'}" for name in best if name not in ("epoch", "valid_loss")]
+        if isinstance(best, dict)
+        else []
     )
     means = smooth([number(row, "loss") for row in run.steps])
     return [

@@ -67,8 +67,7 @@ def build_classifier(
     model, info = made
     model.config.problem_type = "regression" if task.labels == 1 else "single_label_classification"
     model.config.use_cache = False  # of causal LMs: nothing is generated
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id  # causal models read the last token that is not this one
     if config.optim.preset == "qgalore":
         quantize_weights(model)
     model.to(device)  # type: ignore[arg-type]

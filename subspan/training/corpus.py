@@ -64,6 +64,7 @@ def load_corpus(
     at `document_separator` (None or "": a file is one document). Without `valid_files`, the documents whose sha256
     falls in the lowest `valid_fraction` of its range are held out: at least one, never all; a document that is alone is
     cut instead, and its end held out. Of the standard library, whole files are held out, by the sha256 of their path.
+    Validation files that a glob of `files` has too are not trained on.
 
     All text is held in memory, a few times its size while it is read. Raises a one-line ValueError for a pattern
     without a match, a folder, an empty or binary file, a bad row, `valid_fraction` outside (0, 1).
@@ -74,9 +75,8 @@ def load_corpus(
             raise ValueError(f"data.valid_files={list(valid_files)!r}: needs data.files too, the training files")
         return _standard_library(valid_fraction)
     read = functools.partial(read_documents, text_key=text_key, document_separator=document_separator)
-    paths = expand_files(files, "data.files")
+    paths, valid_paths = training_paths(files, valid_files), []
     documents = [document for path in paths for document in read(path, "data.files")]
-    valid_paths: list[Path] = []
     if valid_files is not None:
         valid_paths = expand_files(valid_files, "data.valid_files")
         train, valid = documents, [document for path in valid_paths for document in read(path, "data.valid_files")]
@@ -231,6 +231,13 @@ def _cut(document: str, fraction: float) -> tuple[list[str], list[str]]:
     return [document[:place]], [document[place:]]
 
 
+def training_paths(files: Sequence[str], valid_files: Sequence[str] | None) -> list[Path]:
+    """The paths of `files`, without those of `valid_files` that a glob of them has too; unless they are the same."""
+    paths = expand_files(files, "data.files")
+    held = {path.resolve() for path in expand_files(valid_files, "data.valid_files")} if valid_files else set()
+    return [path for path in paths if path.resolve() not in held] or paths
+
+
 def load_chat(
     files: Sequence[str], *, valid_files: Sequence[str] | None = None, valid_fraction: float = 0.01
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -240,7 +247,7 @@ def load_chat(
     Raises a one-line ValueError with file and line for any other row.
     """
     _check_fraction(valid_fraction)
-    train = read_chat(files, "data.files")
+    train = read_chat([str(path) for path in training_paths(files, valid_files)], "data.files")
     if valid_files is not None:
         return train, read_chat(valid_files, "data.valid_files")
     return hold_out(train, [json.dumps(row, sort_keys=True, default=str) for row in train], valid_fraction)
@@ -351,7 +358,7 @@ def tokenize(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, ca
     if not documents:
         raise ValueError(f"documents=[]: there is no text to tokenize for {key!r}: give at least one document")
     dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
-    content = digest([_fingerprint(tokenizer), digest(documents)])[:16]
+    content = digest([fingerprint(tokenizer), digest(documents)])[:16]
     path = Path(cache_dir) / f"{key}-{content}.{dtype.name}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -360,13 +367,15 @@ def tokenize(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, ca
             with open(unfinished, "wb") as file:
                 for ids in _encode(documents, tokenizer):
                     file.write(np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype).tobytes())
+                file.flush()
+                os.fsync(file.fileno())  # it is trusted ever after
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """What decides the ids of a text, as a string."""
     if tokenizer.is_fast:
         return f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token_id}"

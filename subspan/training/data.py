@@ -287,8 +287,11 @@ class StreamDataset(IterableDataset[dict[str, Tensor]]):
         while True:
             silent_epochs += 1
             for row in self.source:
-                silent_epochs = 0
                 self.position = self.source.state_dict()  # a copy; right after a load the source has none to give
+                text = row.get(self.text_key, "missing")
+                if text is None or (isinstance(text, str) and not text.strip()):
+                    continue  # as files leave it out
+                silent_epochs = 0
                 ids = self.encode([text_of(row, self.text_key, self.where)])[0]
                 self.tokens += [*ids, self.eos_token_id]
                 yield from self._full_sequences()
@@ -400,6 +403,10 @@ def eval_loader(
         if max_sequences is None:
             raise ValueError("max_sequences=None: a stream needs a number of sequences to evaluate on")
         kept: Any = list(itertools.islice(dataset, max_sequences))
+        if not kept:
+            raise ValueError(
+                f"data.valid_split: {dataset.where} holds fewer than data.seq_len={dataset.seq_len} tokens: name another split"
+            )
         return DataLoader(kept, batch_size=batch_size, generator=generator)
     size = len(dataset)  # type: ignore[arg-type]
     count = min(size, max_sequences or size)

@@ -36,7 +36,7 @@ from subspan.training.finetune_config import FinetuneConfig
 from subspan.training.models import save_pretrained
 from subspan.training.optimizers import groups_of, make_optimizer
 from subspan.training.resume import CHECKPOINTS, Stopped, StopSignal
-from subspan.training.runlog import RunLog, json_ready, new_run_folder
+from subspan.training.runlog import RunLog, json_ready, new_run_folder, write_summary
 from subspan.training.tasks import TaskData, load_task
 from subspan.training.trainer import (
     MAX_SKIPPED,
@@ -113,7 +113,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         "versions": versions(),
         "config": dataclasses.asdict(config),
     }
-    (out / "summary.json").write_text(json.dumps(json_ready(summary), indent=2) + "\n", encoding="utf-8")
+    write_summary(out / "summary.json", summary)
     return summary
 
 
@@ -244,9 +244,7 @@ def _one_seed(
         merge(model)
         save_pretrained(model, folder / "model")
         tokenizer.save_pretrained(folder / "model")
-    written = folder / "result.new"  # a run that is killed here has the checkpoint or the result
-    written.write_text(json.dumps(json_ready(result), indent=2) + "\n", encoding="utf-8")
-    written.replace(folder / "result.json")
+    write_summary(folder / "result.json", result)  # a run that is killed here has the checkpoint or the result
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return result
 

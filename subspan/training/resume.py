@@ -132,7 +132,7 @@ def text_identity(config: TrainConfig, sha256: str | None, tokens: str | None) -
 def check_text(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     """ValueError unless the run goes on with the text and order of the checkpoint."""
     for key, value in there.items():
-        if here.get(key) != value:
+        if here.get(key) != value and value is not None:
             what = (
                 "its text, of training or of validation, is another one"
                 if key == "sha256"

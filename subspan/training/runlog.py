@@ -202,6 +202,13 @@ def lines_until(path: Path, step: int, evaluated: int) -> list[str]:
     return kept
 
 
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """As JSON, whole or not at all."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(json_ready(summary), indent=2) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
 def json_ready(value: Any) -> Any:
     """The same with None for numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):

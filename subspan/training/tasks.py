@@ -271,6 +271,16 @@ def _part(texts: list[list[str]], labels: list[Any], limit: int | None) -> Colum
     return [[column[i] for i in chosen] for column in texts], [labels[i] for i in chosen]
 
 
+def _never_empty(encoded: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """One token for an empty text where the tokenizer adds none of its own: models cannot read nothing."""
+    for i, ids in enumerate(encoded["input_ids"]):
+        if not ids:
+            for key, value in {"input_ids": tokenizer.pad_token_id, "attention_mask": 1, "token_type_ids": 0}.items():
+                if key in encoded:
+                    encoded[key][i] = [value]
+    return encoded
+
+
 def _tokens(
     texts: list[list[str]], labels: list[Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None, classes: int
 ) -> Any:
@@ -286,7 +296,9 @@ def _tokens(
     )
     datasets.disable_progress_bars()
     return rows.map(
-        lambda batch: tokenizer(*(batch[name] for name in names), truncation=True, max_length=max_length or longest),
+        lambda batch: _never_empty(
+            tokenizer(*(batch[name] for name in names), truncation=True, max_length=max_length or longest), tokenizer
+        ),
         batched=True,
         remove_columns=names,
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from subspan.training.config import DataConfig, TrainConfig
+from subspan.training.corpus import digest, fingerprint
 from subspan.training.data import (
     ChatDataset,
     PackedDataset,
@@ -43,9 +44,13 @@ class Text:
 
     @property
     def tokens(self) -> str | None:
-        """What tells the tokens of the training text from those of another tokenizer; None for chat and streams."""
-        if not isinstance(self.train, PackedDataset):
-            return None
+        """What tells the tokens of the training text from those of another tokenizer, or chat template."""
+        if isinstance(self.train, StreamDataset):
+            return f"of {digest([fingerprint(self.tokenizer)])[:8]}"
+        if isinstance(self.train, ChatDataset):
+            ids = digest([str(ids.tolist()) for ids, _ in self.train.samples[:256]])[:8]
+            return f"{len(self.train.samples):,} conversations, beginning with {ids}"
+        assert isinstance(self.train, PackedDataset)
         tokens = self.train.tokens
         begin = hashlib.sha256(tokens[:65_536].astype("int64").tobytes()).hexdigest()[:8]
         return f"{len(tokens):,}, beginning with {begin}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import platform
 import time
@@ -45,7 +44,7 @@ from subspan.training.resume import (
     keep_old_config,
     text_identity,
 )
-from subspan.training.runlog import RunLog, Silence, json_ready
+from subspan.training.runlog import RunLog, Silence, write_summary
 from subspan.training.text import check_vocabulary, load_data, tokenizer_name
 
 if TYPE_CHECKING:
@@ -349,10 +348,10 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
         "config": dataclasses.asdict(config),
     }
     if processes.first:
-        (out / "summary.json").write_text(json.dumps(json_ready(summary), indent=2) + "\n", encoding="utf-8")
+        write_summary(out / "summary.json", summary)
     if run.export:
         try:
-            _export(model, corpus.tokenizer, out / "model", processes)
+            _export(model, corpus.tokenizer, out / "model", processes, pretrained)
         except (OSError, require("safetensors", "train").SafetensorError) as error:  # a full disk, most of the time
             raise OSError(
                 f"the trained model could not be written to {out / 'model'} ({error}): make room, then the same "
@@ -414,15 +413,21 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, processes: Processes) -> None:
+def _export(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, processes: Processes, pretrained: bool
+) -> None:
     """Write what AutoModelForCausalLM and AutoTokenizer load, safetensors; generation then ends where the text did."""
     merge(model)
     state = {name: whole(X) for name, X in model.state_dict().items()} if processes.parallel.shard > 1 else None
     if not processes.first:
         return
-    if model.config.eos_token_id is None:
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not pretrained or not ends:  # a configuration's own are pieces of another tokenizer
         for config in (model.config, model.generation_config):
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    elif tokenizer.eos_token_id not in ends:
+        model.generation_config.eos_token_id = [*ends, tokenizer.eos_token_id]
     save_pretrained(model, folder, state)
     tokenizer.save_pretrained(folder)
 
