@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -38,3 +40,11 @@ def check_number(
     if not fits:
         wanted = " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None) or "finite"
         raise ValueError(f"{name}={value!r} must be a number {wanted}")
+
+
+def check_used(section: str, config: Any, used: bool, needs: str, *names: str) -> None:
+    """ValueError for a field of `names` that is not as it is by default where nothing reads it."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    for name in names:
+        if not used and getattr(config, name) != defaults[name]:
+            raise ValueError(f"{section}.{name}={getattr(config, name)!r} has no effect without {needs}: drop it")

@@ -226,6 +226,8 @@ class ProjectedOptimizer(StatefulOptimizer):
             self.prepared = None
         if self.max_grad_norm is not None and self.prepared is None:
             self.prepare()
+        if self.prepared is None:
+            self._check_gradients()
         norms = list(self._backward.updated.values()) if self._backward else []
         # Without anything to wait for, R lives for one parameter only.
         for group, p, R, norm, live in self._low_rank_gradients() if self.prepared is None else self.prepared:
@@ -410,7 +412,6 @@ class ProjectedOptimizer(StatefulOptimizer):
 
     def _low_rank_gradients(self, refresh: bool = True) -> Iterator[Prepared]:
         """What `Prepared` says of every parameter with a gradient, each as it is asked for."""
-        self._check_gradients()
         taken = self._backward.low_rank if self._backward else {}
         for group, p in self._parameters():
             if p in taken:

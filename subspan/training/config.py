@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from subspan.checks import check_choice, check_number, check_whole
+from subspan.checks import check_choice, check_number, check_used, check_whole
 from subspan.extras import require
 from subspan.optim.backward import Gradients
 from subspan.optim.presets import FULL_GRADIENT, FULL_RANK, SCALES
@@ -550,11 +550,3 @@ def check_sections(model: Any, optim: OptimConfig, run: Any, passes: int) -> Non
         )
     if run.autocast and model.dtype == "bfloat16":
         raise ValueError("run.autocast=true does nothing for weights of model.dtype=bfloat16: drop one of them")
-
-
-def check_used(section: str, config: Any, used: bool, needs: str, *names: str) -> None:
-    """ValueError for a field of `names` that is not as it is by default where nothing reads it."""
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    for name in names:
-        if not used and getattr(config, name) != defaults[name]:
-            raise ValueError(f"{section}.{name}={getattr(config, name)!r} has no effect without {needs}: drop it")

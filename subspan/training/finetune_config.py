@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from subspan.checks import check_choice, check_number, check_whole
+from subspan.checks import check_choice, check_number, check_used, check_whole
 from subspan.optim.presets import SCALES
 from subspan.training.config import (
     OptimConfig,
     as_list,
     check_run,
     check_sections,
-    check_used,
 )
 
 Metric = Literal["accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman"]
