@@ -62,7 +62,9 @@ def advise(found: dict[str, Any]) -> list[str]:
     lines = []
     for device in found["devices"]:
         fast, slow = device["float32"], device["bfloat16"]
-        if slow is None:
+        if fast is None:
+            lines.append(f"{device['name']} computes nothing now: is its memory free, does its driver fit torch's?")
+        elif slow is None:
             lines.append(f"{device['name']} has no bfloat16: train with --model.dtype float32")
         elif slow < fast / 1.5:
             lines.append(
@@ -141,7 +143,7 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 def _speed(device: torch.device, dtype: torch.dtype) -> float | None:
     """Operations a second of a product, the best of three, on one thread of a CPU: more would wait for a core that is busy.
-    None where there is none in this dtype."""
+    None where it is not computed: no such product in this dtype, no memory."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -23,6 +23,7 @@ from subspan.optim.dtensors import local
 Kind = Literal["kept", "gradients", "activations", "temporaries"]
 
 aten = torch.ops.aten
+_GROUPED = aten._grouped_mm.default
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -114,7 +115,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented  # a subclass says which plain operations it consists of, and those come back here
         if func is aten._local_scalar_dense.default:
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
-        result = func(*args, **(kwargs or {}))
+        result = _grouped(func, args, kwargs or {}) if func is _GROUPED else func(*args, **(kwargs or {}))
         for X in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(X, Tensor):
                 self._add(X)
@@ -122,6 +123,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.series.append((self.bytes["activations"], self.bytes["temporaries"] + extra))
         self.peak = max(self.peak, self.now + extra)
         return result
+
+
+def _grouped(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The products of a mixture of experts. torch's meta kernel of them wants bf16, its other kernels do not."""
+    narrow = [X.bfloat16() if isinstance(X, Tensor) and X.is_floating_point() else X for X in args]
+    return func(*narrow, **kwargs).to(args[0].dtype)
 
 
 def plain_tensors(X: Tensor) -> Iterator[Tensor]:

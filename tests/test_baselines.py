@@ -147,6 +147,19 @@ def test_runs_learn_resume_and_export(tmp_path: Path, kind: str) -> None:
     assert train(again)["valid_loss"] == summary["valid_loss"]
 
 
+def test_a_run_of_relora_extended_at_a_merge_restarts_there(tmp_path: Path) -> None:
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole, parts = (configure(tmp_path / name, "relora") for name in ("whole", "parts"))
+    for config in (whole, parts):
+        config.run.min_lr_ratio, config.run.steps = 1.0, 12
+    summary = train(whole)
+    parts.run.steps = 8  # merge_every
+    train(parts)
+    parts.run.steps, parts.resume = 12, "auto"
+    assert train(parts)["valid_loss"] == summary["valid_loss"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_can_be_planned(tmp_path: Path, kind: str) -> None:
     config = configure(tmp_path, kind)

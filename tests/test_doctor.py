@@ -49,6 +49,7 @@ def test_a_machine_with_everything_needs_no_advice() -> None:
     [
         ({"devices": [{**CPU, "bfloat16": 4e10}, GPU]}, "products in bfloat16 take 10 times as long"),
         ({"devices": [CPU, {**GPU, "bfloat16": None}]}, "Some GPU has no bfloat16: train with --model.dtype float32"),
+        ({"devices": [CPU, {**GPU, "float32": None, "bfloat16": None}]}, "Some GPU computes nothing now"),
         ({"devices": [CPU]}, "no accelerator"),
         ({"threads": 1}, "OMP_NUM_THREADS=8"),
         ({"compiler": None}, "install g\\+\\+, or name one in CXX"),

@@ -307,13 +307,15 @@ def test_a_large_model_takes_no_memory_and_leaves_nothing_behind() -> None:
     assert len(list(Int8Weight.from_float(torch.zeros(4096, 4096)).blocks(0))) == 16
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "mixtral"])
 def test_any_model_of_transformers_by_its_folder(kind: str, tmp_path: Path) -> None:
-    """GPT-2: Conv1D layers, tied embeddings; Qwen 2: biases and grouped queries."""
+    """GPT-2: Conv1D layers, tied embeddings; Qwen 2: biases and grouped queries; Mixtral: experts stacked in one weight, whose
+    products have a meta kernel in bf16 alone."""
     transformers = pytest.importorskip("transformers")
     small: dict[str, Any] = {
         "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2},
         "qwen2": {**SIZES, "num_key_value_heads": 1},
+        "mixtral": {**SIZES, "num_key_value_heads": 1, "num_local_experts": 4},
     }
     made = transformers.AutoConfig.for_model(kind, vocab_size=320, **small[kind])
     made.save_pretrained(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import write_classifier, write_rows
+from tiny import SIZES, write_classifier, write_rows, write_tokenizer
 
 from subspan.training.classifier import load_tokenizer
 from subspan.training.finetune_config import TaskConfig
@@ -40,6 +40,15 @@ def test_a_table_that_is_not_utf_8_is_named(tokenizer: Any, tmp_path: Path) -> N
         ValueError, match=r"data\.train_files.*train\.csv cannot be read after line .*: save it as UTF-8"
     ):
         load_task(TaskConfig(train_files=str(file), valid_files=str(file)), tokenizer)
+
+
+def test_texts_end_where_positions_do(tmp_path: Path) -> None:
+    """RoBERTa numbers tokens from its pad id + 1 on, so that 64 positions hold 62 tokens."""
+    transformers = pytest.importorskip("transformers")
+    size = {**SIZES, "vocab_size": len(write_tokenizer(tmp_path)), "max_position_embeddings": 64, "pad_token_id": 1}
+    for kind, longest in (("bert", 64), ("roberta", 62)):
+        transformers.AutoConfig.for_model(kind, **size).save_pretrained(tmp_path)
+        assert load_tokenizer(str(tmp_path)).model_max_length == longest
 
 
 def test_an_empty_text_has_a_token(tokenizer: Any, tmp_path: Path) -> None:
@@ -123,6 +132,8 @@ def test_pairs_numbers_and_metrics(tmp_path: Path, tokenizer: Any) -> None:
     whole = write_rows(tmp_path / "whole.jsonl", [{**row, "label": i} for i, row in enumerate(PAIRS)])
     classes = load_task(TaskConfig(train_files=whole, valid_files=whole), tokenizer)
     assert (classes.labels, classes.metrics) == (6, ("accuracy",))
+    points = write_rows(tmp_path / "points.jsonl", [{**row, "label": float(i)} for i, row in enumerate(PAIRS)])
+    assert load_task(TaskConfig(train_files=points, valid_files=points), tokenizer).labels == 6
     ratings = load_task(TaskConfig(train_files=whole, valid_files=whole, metric="spearman"), tokenizer)
     assert (ratings.labels, ratings.metrics) == (1, ("spearman", "pearson"))
     assert (
@@ -156,11 +167,12 @@ def test_limits_take_a_fixed_part_and_keep_all_classes(tmp_path: Path, tokenizer
         ({"label_column": "gold"}, ROWS, "no column 'gold', it has sentence, label"),
         ({}, [{"sentence": None, "label": 0}], "rows.jsonl:1 holds no text"),
         ({}, [{"sentence": "a", "label": "yes"}], "label 'yes' is no number"),
+        ({}, [{"sentence": "a", "label": "inf"}], "label inf is no number"),
         ({}, [{"sentence": "a", "label": i} for i in (0, 1, -1)], "label -1 in 'label': rows without a true label"),
         (
             {},
             [{"sentence": "a", "label": i} for i in (1, 2)],
-            "labels of the training rows are 1, 2: they must be 0, 1",
+            r"labels of the training rows are 1, 2: classes must be 0, 1, .* data\.metric=pearson",
         ),
         ({}, [{"sentence": "a", "label": 0}], "at least two"),
         ({"metric": "accuracy"}, PAIRS, "labels have fractions, and accuracy counts classes"),

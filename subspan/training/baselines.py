@@ -109,6 +109,11 @@ def restart_adapters(model: nn.Module, optimizer: Any, seed: int) -> None:
                 optimizer.forget(adapter["default"].weight)  # type: ignore[index, union-attr]
 
 
+def restarts(step: int, config: TrainConfig) -> bool:
+    """Whether adapters begin anew before `step`: the first one after every `merge_every`, in a run that was extended too."""
+    return config.model.baseline == "relora" and step > 1 and (step - 1) % config.model.merge_every == 0
+
+
 def restart_factor(step: int, config: TrainConfig) -> float:
     """What the learning rate of `step` is multiplied by: it warms up linearly over `rewarm_steps` after each restart."""
     every = config.model.merge_every

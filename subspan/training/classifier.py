@@ -29,12 +29,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     transformers = require("transformers", "train")
     try:
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name)
-        positions = getattr(transformers.AutoConfig.from_pretrained(name), "max_position_embeddings", None)
+        config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.name={name!r}: no Hugging Face model or folder with a tokenizer: {first_line(error)}"
         ) from None
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _longest(config) or tokenizer.model_max_length)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -42,6 +42,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _longest(config: Any) -> int | None:
+    """Tokens that the positions of a model reach to; RoBERTa and its kin number them from the padding's index + 1 on."""
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    with torch.device("meta"):
+        model = require("transformers", "train").AutoModel.from_config(config)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.num_embeddings) - int(module.padding_idx) - 1
+    return positions
 
 
 def build_classifier(

@@ -224,8 +224,8 @@ def _label(row: Mapping[str, Any], column: str, where: str) -> int | float:
             value = int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
         if isinstance(value, bool) or value != value:
             raise ValueError
-        return value if isinstance(value, int) else float(value)
-    except (TypeError, ValueError):
+        return int(value) if value == int(value) else float(value)  # 1.0 of a spreadsheet is a class like 1
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
             f"{where}: label {value!r} is no number: classes are 0, 1, ..., see data.label_column"
         ) from None
@@ -258,7 +258,10 @@ def _count_classes(data: TaskConfig, train: Sequence[int], valid: Sequence[int])
             )
     if found != list(range(len(found))) or len(found) < 2:
         shown = ", ".join(map(str, found[:10])) + (", ..." if len(found) > 10 else "")
-        raise ValueError(f"labels of the training rows are {shown}: they must be 0, 1, ... without a gap, at least two")
+        raise ValueError(
+            f"labels of the training rows are {shown}: classes must be 0, 1, ... without a gap, at least two; "
+            "of numbers to predict, name the metric: data.metric=pearson"
+        )
     if max(valid) >= len(found):
         raise ValueError(f"label {max(valid)} is in the validation rows alone: training rows have 0 to {found[-1]}")
     return len(found)

@@ -24,7 +24,7 @@ from subspan.optim.groups import describe_groups
 from subspan.optim.marks import mark
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.presets import FULL_RANK
-from subspan.training.baselines import add_baseline, merge, restart_adapters, restart_factor
+from subspan.training.baselines import add_baseline, merge, restart_adapters, restart_factor, restarts
 from subspan.training.checkpoint import Checkpointer, load
 from subspan.training.config import RunConfig, TrainConfig, save_config
 from subspan.training.data import StreamDataset, make_loader
@@ -232,6 +232,8 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
         for step in range(progress.step + 1, run.steps + 1):
             begin = time.perf_counter()
             with mark("step"):
+                if restarts(step, config):
+                    restart_adapters(model, optimizer, run.seed * 1_000_003 + step)
                 for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
                     group["lr"] = peak * lr_factor(step, run) * restart_factor(step, config)
 
@@ -265,8 +267,6 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
                     _clip(optimizer, parameters, norm_value, config.optim.max_grad_norm)
                     optimizer.step()
                 rows = watch.after() if watch else []
-                if config.model.baseline == "relora" and step % config.model.merge_every == 0 and step < run.steps:
-                    restart_adapters(model, optimizer, run.seed * 1_000_003 + step)
                 optimizer.zero_grad()
                 if config.parallel.check_every and step % config.parallel.check_every == 0:
                     processes.check_copies(model, optimizer)
