@@ -13,7 +13,7 @@ from subspan.plan import MemoryPlan, Planner, describe_cards, describe_optim, de
 from subspan.training.config import TrainConfig, without_baseline
 from subspan.training.models import LLAMA, model_config
 
-UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 2**20, "mib": 2**20, "mb": 10**6}
+UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 2**20, "mib": 2**20, "mb": 10**6, "tib": 2**40, "tb": 10**12}
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ class Fit:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "24GiB", "24G" or "24" (2^30 each), "24GB" (10^9 each), "500MiB"."""
+    """Bytes of "24GiB", "24G" or "24" (2^30 each), "24GB" (10^9 each), "500MiB", "1.5TiB"."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
-    if not found or found[2] not in UNITS or float(found[1]) == 0:
+    size = int(float(found[1]) * UNITS[found[2]]) if found and found[2] in UNITS else 0
+    if not size:
         raise ValueError(f"budget={text!r} is no size: write it like 24GiB or 24GB")
-    return int(float(found[1]) * UNITS[found[2]])
+    return size
 
 
 def search(config: TrainConfig, budget: int, space: Space | None = None, planner: Planner | None = None) -> list[Fit]:

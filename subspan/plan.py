@@ -162,11 +162,12 @@ def describe_run(config: TrainConfig) -> dict[str, Any]:
 
 
 def describe_optim(config: TrainConfig) -> str:
-    """Preset, rank, side and gradients in words."""
-    run = describe_run(config)
+    """Baseline, preset, rank, side and gradients in words."""
+    run, baseline = describe_run(config), config.model.baseline
+    adapters = f"{baseline}, rank {config.optim.rank}, " if baseline else ""
     rank = f", rank {run['rank']} ({run['proj_type']})" if run["rank"] else ""
     whole = run["preset"] in FULL_RANK and run["gradients"] == "project"  # of nothing
-    return f"{run['preset']}{rank}, gradients {'hold' if whole else run['gradients']}"
+    return f"{adapters}{run['preset']}{rank}, gradients {'hold' if whole else run['gradients']}"
 
 
 def with_preset(optim: OptimConfig, preset: str, **changes: Any) -> OptimConfig:

@@ -356,13 +356,20 @@ def test_modes_differ_as_they_should() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GiB", 24 * 2**30), ("24G", 24 * 2**30), ("24", 24 * 2**30), ("24 GB", 24 * 10**9), ("1.5mib", 3 * 2**19)],
+    [
+        ("24GiB", 24 * 2**30),
+        ("24G", 24 * 2**30),
+        ("24", 24 * 2**30),
+        ("24 GB", 24 * 10**9),
+        ("1.5mib", 3 * 2**19),
+        ("2TiB", 2**41),
+    ],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "24 TB", "-3GiB", "0GiB", "1e3GiB"])
+@pytest.mark.parametrize("text", ["", "GiB", "24 PB", "-3GiB", "0GiB", "1e3GiB", "0.0000001mb"])
 def test_other_sizes_are_errors(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"budget={text!r}") + ".*24GiB"):
         parse_size(text)
@@ -424,6 +431,7 @@ def test_adapters_keep_their_rank_in_a_search() -> None:
     space = Space(presets=("adamw",), micro_batches=(1,), checkpointing=(False,))
     (fit,) = search(config, 2**30, space)
     assert fit.config.optim.rank == 8
+    assert str(fit).startswith("lora, rank 8, adamw, gradients ")
 
 
 def test_a_budget_that_nothing_fits_says_what_is_missing() -> None:

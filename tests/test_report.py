@@ -244,7 +244,9 @@ def cut_short(run: Path) -> None:
 
 def with_nan(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 41, "loss": null}\n{"step": 42, "loss": NaN, "grad_norm": "x"}\n')
+        stream.write(
+            '{"step": 41, "loss": null}\n{"step": 42, "loss": NaN, "grad_norm": "x", "lr": 1' + 400 * "0" + "}\n"
+        )
 
 
 def with_nonsense(run: Path) -> None:
@@ -266,7 +268,7 @@ BROKEN = {
     "old config": (lambda run: (run / "config.yaml").write_text("run: {walk: 3}"), "config.yaml cannot be read"),
     "unknown model": (lambda run: rename_model(run), "Its memory cannot be planned"),
     "broken summary": (lambda run: (run / "summary.json").write_text('{"valid'), "summary.json cannot be read"),
-    "odd summary": (lambda run: (run / "summary.json").write_text('{"bytes": 3, "corpus": []}'), None),
+    "odd summary": (lambda run: (run / "summary.json").write_text('{"bytes": 3, "corpus": [], "versions": [1]}'), None),
 }
 
 

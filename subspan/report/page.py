@@ -300,7 +300,10 @@ def _described(run: Run) -> dict[str, Any]:
     corpus, versions = run.summary.get("corpus"), run.summary.get("versions")
     facts = [
         ("device", run.summary.get("device")),
-        ("versions", ", ".join(f"{name} {value}" for name, value in versions.items()) if versions else None),
+        (
+            "versions",
+            ", ".join(f"{name} {value}" for name, value in versions.items()) if isinstance(versions, dict) else None,
+        ),
         ("text", corpus.get("description") if isinstance(corpus, dict) else None),
         ("SHA-256 of the text", corpus.get("sha256") if isinstance(corpus, dict) else run.summary.get("sha256")),
     ]

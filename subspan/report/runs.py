@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,9 @@ FILES = ("metrics.jsonl", "config.yaml", "summary.json")
 
 TRAINER = "trainer.json"
 """What `subspan.hf.SubspanCallback` leaves instead of a config.yaml."""
+
+LARGEST = sys.float_info.max
+"""Whole numbers of JSON may be larger, and nothing draws them."""
 
 POINTS = 1000
 """A drawn series has no more; between two of them lie the extremes that it has."""
@@ -64,7 +68,7 @@ def number(row: Any, key: str) -> float | None:
     value = row.get(key) if isinstance(row, dict) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if math.isfinite(value) else None
+    return value if -LARGEST <= value <= LARGEST else None
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
