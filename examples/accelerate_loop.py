@@ -34,7 +34,8 @@ def train(
     subspan.hf.clip_in_optimizer()  # clip_grad_norm_ then knows low-rank gradients
     accelerator = Accelerator(gradient_accumulation_steps=accumulation)
     groups = subspan.param_groups(model, rank=rank, update_proj_gap=gap, verbose=False)
-    optimizer = subspan.GaLoreAdamW(groups, lr=lr, gradients="project")
+    gradients = "project" if accelerator.num_processes == 1 else "hold"  # DistributedDataParallel wants whole ones
+    optimizer = subspan.GaLoreAdamW(groups, lr=lr, gradients=gradients)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / max(1, warmup)))
     loader = torch.utils.data.DataLoader(rows, batch_size, collate_fn=_stack)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)

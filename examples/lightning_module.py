@@ -32,7 +32,7 @@ class Model(lightning.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, *_: Any, **__: Any) -> None:
         """Lightning's own would see the gradients of dense parameters alone: the optimizer clips, in the step that follows."""
-        optimizer.max_grad_norm = gradient_clip_val
+        optimizer.max_grad_norm = gradient_clip_val or None  # Lightning: 0 is off
 
     def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
         loss: torch.Tensor = self.model(**batch).loss

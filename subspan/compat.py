@@ -32,6 +32,8 @@ REQUIRED_KEYS = ("rank", "update_proj_gap", "scale", "proj_type")
 class _Compat(ProjectedOptimizer):
     """ProjectedOptimizer with the reference's conventions."""
 
+    clips_alone = False
+
     def __init__(
         self,
         params: Iterable[Any],

@@ -19,6 +19,7 @@ import difflib
 import functools
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -47,6 +48,7 @@ from subspan.training.trainer import describe_device, versions
 require("transformers", "hf")
 require("accelerate", "hf")
 from accelerate import Accelerator  # noqa: E402
+from accelerate.utils import parse_flag_from_env  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 if TYPE_CHECKING:
@@ -108,10 +110,12 @@ def _config(args: TrainingArguments, preset: str, optim: dict[str, Any]) -> Opti
                 f"{name}={getattr(args, name)!r} is for Trainer's own GaLore: drop it and give {instead} to subspan.hf.optimizer"
             )
     for name in ("fsdp", "deepspeed"):
-        if getattr(args, name, None):
+        launched = f"ACCELERATE_USE_{name.upper()}"  # by `accelerate launch`
+        asked = getattr(args, name, None)
+        told = f"{name}={asked!r}" if asked else f"{launched}={os.environ.get(launched)}"
+        if asked or parse_flag_from_env(launched):
             raise ValueError(
-                f"{name}={getattr(args, name)!r} takes parameters apart after the optimizer was made: "
-                "use `subspan train --parallel.shard N`"
+                f"{told} takes parameters apart after the optimizer was made: use `subspan train --parallel.shard N`"
             )
     given = {"preset": preset, **optim}
     if (betas := (args.adam_beta1, args.adam_beta2)) != (0.9, 0.999):
@@ -154,16 +158,22 @@ def clip_in_optimizer() -> None:
 
     torch's function, which it calls otherwise, sees only `p.grad`, and with gradients="project" those of dense parameters
     alone. The optimizer gets `max_norm` as its `max_grad_norm` and clips in `step()`; what is returned is `prepare()`'s norm,
-    of (R of projected, G of dense parameters), before clipping. For an accelerator with other optimizers nothing changes.
-    `optimizer(...)` calls this; a loop of your own with Accelerate does so before it clips.
+    of (R of projected, G of dense parameters), before clipping. `clip_grad_value_`, which low-rank gradients have no meaning
+    for, raises unless gradients="hold"; `free_memory`, with which Trainer begins, forgets what a training that was cut off has
+    left. For an accelerator with other optimizers nothing changes. `optimizer(...)` calls this; a loop of your own with
+    Accelerate does so before it clips.
     """
-    original = Accelerator.clip_grad_norm_
+    original, by_value, free = Accelerator.clip_grad_norm_, Accelerator.clip_grad_value_, Accelerator.free_memory
+
+    def own_of(accelerator: Accelerator) -> list[ProjectedOptimizer]:
+        found = [projected(wrapped) for wrapped in accelerator._optimizers]
+        return [own for own in found if own is not None and own.clips_alone]
 
     @functools.wraps(original)
     def clip_grad_norm_(
         self: Accelerator, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2
     ) -> Tensor | None:
-        inner = [own for wrapped in self._optimizers if (own := projected(wrapped)) is not None]
+        inner = own_of(self)
         if not inner:
             theirs: Tensor | None = original(self, parameters, max_norm, norm_type)
             return theirs
@@ -185,7 +195,24 @@ def clip_in_optimizer() -> None:
         own.max_grad_norm = max_norm if clips else None
         return own.prepare()
 
+    @functools.wraps(by_value)
+    def clip_grad_value_(self: Accelerator, parameters: Iterable[Tensor], clip_value: float) -> None:
+        if taken := [own.gradients for own in own_of(self) if own.gradients != "hold"]:
+            raise ValueError(
+                f"clip_value={clip_value} cannot clip gradients that gradients={taken[0]!r} took during the backward pass: use "
+                "clip_grad_norm_, or gradients='hold'"
+            )
+        by_value(self, parameters, clip_value)
+
+    @functools.wraps(free)
+    def free_memory(self: Accelerator, *objects: Any) -> Any:
+        for own in own_of(self):
+            own.zero_grad()
+        return free(self, *objects)
+
     Accelerator.clip_grad_norm_ = clip_grad_norm_
+    Accelerator.clip_grad_value_ = clip_grad_value_
+    Accelerator.free_memory = free_memory
 
 
 def projected(optimizer: Any) -> ProjectedOptimizer | None:
@@ -210,6 +237,7 @@ class SubspanCallback(TrainerCallback):
         self.tokens = 0
         self.seconds = 0.0  # of steps: evaluations and checkpoints are not counted, as in `subspan train`
         self.largest = (0, 0)  # micro-batch: sequences, tokens of each
+        self.evaluated = ""  # the metric that is the validation loss
         self.undo = ExitStack()
 
     def on_train_begin(
@@ -229,7 +257,7 @@ class SubspanCallback(TrainerCallback):
             )
         clip_in_optimizer()
         self.undo.close()  # of a training that has ended with an error
-        own.zero_grad()  # Trainer's own zero_grad does not reach low-rank gradients that it left
+        own.zero_grad()  # its hooks are back, low-rank gradients of before are gone
         self.model, self.optimizer, self.first = model, own, state.is_world_process_zero
         self.processes = args.world_size
         self.memory: MemoryTable = count_memory(model, own)
@@ -285,11 +313,11 @@ class SubspanCallback(TrainerCallback):
         self._write(
             {
                 "step": state.global_step,
-                "tokens": self.tokens,
+                **self._counted(),
                 **{name: logs[theirs] for name, theirs in named.items() if theirs in logs},
                 **(
                     {"tokens_per_second": (self.tokens - tokens) / (self.seconds - since)}
-                    if self.seconds > since
+                    if self.seconds > since and self.tokens
                     else {}
                 ),
                 "peak_memory_bytes": peak_memory(args.device),
@@ -305,22 +333,25 @@ class SubspanCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        loss = (metrics or {}).get("eval_loss")
-        if loss is not None and hasattr(self, "path"):  # not by evaluate() alone, before any training
-            perplexity = EvalResult(loss, tokens=0).perplexity
-            self._write(
-                {"step": state.global_step, "tokens": self.tokens, "valid_loss": loss, "perplexity": perplexity}
-            )
+        losses = {name: value for name, value in (metrics or {}).items() if name.endswith("_loss")}
+        if losses and hasattr(self, "path"):  # not by evaluate() alone, before any training
+            self.evaluated = self.evaluated or next(iter(losses))  # of several data sets the first, in one curve
+            if (loss := losses.get(self.evaluated)) is not None:
+                perplexity = EvalResult(loss, tokens=0).perplexity
+                self._write(
+                    {"step": state.global_step, **self._counted(), "valid_loss": loss, "perplexity": perplexity}
+                )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.undo.close()
+        self.optimizer.release()  # the model may be trained on by another
         if not self.first:
             return
         peak, device = peak_memory(args.device), describe_device(args.device)
         plan, words = self._plan(args, peak, device)
         summary = {
             "steps": state.global_step,
-            "tokens": self.tokens,
+            **self._counted(),
             "seconds": self.seconds,
             "refresh_seconds": self.optimizer.refresh_seconds,
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -332,6 +363,10 @@ class SubspanCallback(TrainerCallback):
         }
         (self.out / "summary.json").write_text(json.dumps(json_ready(summary), indent=2) + "\n", encoding="utf-8")
         print(f"memory  {words}", flush=True)
+
+    def _counted(self) -> dict[str, int]:
+        """Tokens, where any could be counted: not in a model that is compiled as a whole."""
+        return {"tokens": self.tokens} if self.tokens else {}
 
     def _saw(self, model: nn.Module, positional: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         """Before a forward pass: its shape is counted, which costs no sync."""
@@ -353,7 +388,14 @@ class SubspanCallback(TrainerCallback):
                 config = self._config(args, optim, folder)
             except Exception as error:  # a model that the planner does not know: the training is over and good
                 return None, f"{measured} (no plan: {' '.join(str(error).split()) or type(error).__name__})"
-            return planned_and_measured(config, None, peak, device)
+            plan, words = planned_and_measured(config, None, peak, device)
+            parameters = sum(p.numel() for p in self.model.parameters())
+            if plan and (plan.parameters, plan.optimizer) != (parameters, self.memory.optimizer):
+                return (
+                    None,
+                    f"{measured} (no plan: of causal language models alone, all of whose parameters are trained)",
+                )
+            return plan, words
 
     def _config(self, args: TrainingArguments, optim: OptimConfig, folder: str) -> TrainConfig:
         """What `subspan train` would be told; `folder` gets the model's own configuration."""

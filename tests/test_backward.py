@@ -570,6 +570,31 @@ def test_two_optimizers_over_one_model_are_refused():
 
 
 @pytest.mark.parametrize("gradients", ["project", "update"])
+def test_another_optimizer_trains_the_model_after_release(gradients):
+    model, first = build(gradients)
+    second = torch.optim.SGD(model.parameters(), lr=0.1)
+    unrelated = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1)
+    one, two, three = batches(3)
+    model(one).backward()
+    unrelated.step()
+    with pytest.raises(ValueError, match=r"SGD steps parameters whose gradients an earlier .* release\(\)"):
+        second.step()
+    first.release()
+    model.zero_grad()
+    before = [p.detach().clone() for p in model.parameters()]
+    model(two).backward()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    second.step()
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    second.zero_grad()
+    first.zero_grad()  # it goes on
+    before = [p.detach().clone() for p in model.parameters()]
+    model(three).backward()
+    first.step()
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("gradients", ["project", "update"])
 def test_a_backward_pass_after_prepare_is_refused(gradients):
     model, optimizer = build(gradients)
     first, second = batches(2)

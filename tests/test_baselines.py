@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_config
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import subspan
 from subspan.plan import plan_memory
@@ -89,6 +89,27 @@ def test_merged_models_are_ordinary_and_compute_the_same(tmp_path: Path, kind: s
     expected = model.eval()(IDS).logits
     merge(model)
     assert model.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_of_layers_that_lie_the_other_way(tmp_path: Path) -> None:
+    """GPT-2's Conv1D."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=16)).eval()
+    names = model.state_dict().keys()
+    with pytest.raises(ValueError, match=r"cannot factorize transformer\.h\.0\..*: use lora"):
+        add_baseline(model, configure(tmp_path, "factorized"))
+    config = configure(tmp_path, "relora")
+    add_baseline(model, config)
+    optimizer = subspan.GaLoreAdamW(subspan.param_groups(model, rank=None, verbose=False), 0.01)
+    for _ in range(2):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    expected = model(IDS).logits
+    restart_adapters(model, optimizer, seed=1)
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-3, atol=1e-4)
+    merge(model)
+    assert model.state_dict().keys() == names
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-3, atol=1e-4)
 
 

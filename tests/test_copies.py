@@ -106,9 +106,43 @@ def check_that_differences_are_found(net: nn.Module, optimizer: ProjectedOptimiz
     check_copies(net, optimizer)
 
 
+def check_a_tied_weight() -> None:
+    """DistributedDataParallel finds it by its last name."""
+    net = nn.ModuleDict({"embedding": nn.Embedding(70, HIDDEN), "head": nn.Linear(HIDDEN, 70, bias=False)})
+    net["head"].weight = net["embedding"].weight
+    net.forward = lambda tokens: net["head"](net["embedding"](tokens))  # type: ignore[assignment]
+    groups = [{"params": [("embedding.weight", net["embedding"].weight)], "rank": 8, "update_proj_gap": 100}]
+    net.register_parameter("bias", nn.Parameter(torch.zeros(70)))  # DistributedDataParallel wants one of its own
+    groups.append({"params": [("bias", net.bias)]})
+    ignore_projected(net, groups)
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    optimizer = ProjectedOptimizer(groups, gradients="project", average_over=dist.group.WORLD)
+    for _ in range(2):
+        model(torch.arange(8) + dist.get_rank()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    check_copies(net, optimizer)
+
+
+def check_what_is_refused() -> None:
+    params = [nn.Parameter(torch.ones(8, 8)) for _ in range(2)]
+    optimizer = ProjectedOptimizer([{"params": params, "rank": 2}], average_over=dist.group.WORLD)
+    params[0].grad = torch.ones(8, 8)
+    with pytest.raises(ValueError, match=r"1 of 2 projected parameters have no gradient.*freeze what is unused"):
+        optimizer.step()
+    params[1].requires_grad_(False)
+    optimizer.step()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(params[0].sum()).backward()
+    with pytest.raises(ValueError, match=r"before average_over has averaged them.*use bfloat16"):
+        scaler.step(optimizer)
+
+
 def worker(rank: int, file: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=COUNT)
+    check_a_tied_weight()
+    check_what_is_refused()
     torch.save({case: fit(case, rank, COUNT) for case in (*CASES, NEVER_WAITS)}, f"{file}.{rank}")
     dist.destroy_process_group()
 

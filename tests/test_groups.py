@@ -220,5 +220,11 @@ def test_bad_patterns_are_refused(kwargs, message):
 def test_a_model_with_nothing_to_project_or_to_train_is_refused():
     with pytest.raises(ValueError, match="found no linear layer"):
         subspan.param_groups(nn.Linear(4, 4), rank=2)
+    frozen = MODELS["llama"]().requires_grad_(False)
+    frozen.lm_head.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"that is trained.*requires_grad=True"):
+        subspan.param_groups(frozen, rank=2)
+    (group,) = subspan.param_groups(frozen, rank=None, verbose=False)
+    assert (group["name"], len(group["params"])) == ("dense", 1)
     with pytest.raises(ValueError, match="no trainable parameter"):
         subspan.param_groups(nn.Linear(4, 4).requires_grad_(False), rank=2)

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import subspan
+import subspan.compat
 import subspan.hf
 from subspan.optim.presets import PRESETS
 from subspan.optim.refresh import Refresh
@@ -177,6 +178,16 @@ def test_projected_gradients_leave_nothing_to_a_grad_scaler(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_what_accelerate_launch_would_take_apart_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(tmp_path)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{name.upper()}=true takes parameters apart"):
+        subspan.hf.optimizer(args)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
 def test_what_takes_parameters_apart_is_refused(name: str, tmp_path: Path) -> None:
     args = arguments(tmp_path)
     setattr(args, name, "something")
@@ -200,10 +211,14 @@ def test_int8_weights_are_refused(tmp_path: Path) -> None:
 
 def test_a_compiled_model_takes_the_same_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = trained(tmp_path, max_steps=2)
-    compiled = trained(tmp_path, max_steps=2, torch_compile=True, torch_compile_backend="aot_eager")
+    watch = subspan.hf.SubspanCallback()
+    compiled = trained(tmp_path, watch, max_steps=2, torch_compile=True, torch_compile_backend="aot_eager")
     for name in ("loss", "grad_norm"):
         assert logged(compiled, name) == pytest.approx(logged(plain, name), rel=1e-4)
     assert "keeps every gradient alive" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert not any("tokens" in key for row in rows for key in row)  # none could be counted
 
 
 def test_the_callback_leaves_a_run_that_can_be_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,6 +306,82 @@ def test_a_training_that_ended_with_an_error_leaves_nothing_behind(tmp_path: Pat
     assert [row["tokens"] for row in run.steps] == [256, 512]  # each counted once
     seconds = [row["seconds"] for row in run.steps]
     assert durations(run) == pytest.approx([seconds[0] / 2, (seconds[1] - seconds[0]) / 2])
+
+
+def test_what_comes_after_a_training(tmp_path: Path) -> None:
+    """Another optimizer trains the model, an error leaves no gradient behind, and none of it needs the callback."""
+
+    class Breaks(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            raise KeyboardInterrupt
+
+    ways = {"gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential", "max_steps": 2}
+    clean = trained(tmp_path / "a", **ways)
+    broken = trainer(arguments(tmp_path / "b", **ways), Breaks())
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    broken.pop_callback(Breaks)
+    broken.train()
+    assert logged(broken, "grad_norm")[0] == pytest.approx(logged(clean, "grad_norm")[0], rel=1e-5)
+
+    first = broken.optimizer
+    other = torch.optim.AdamW(broken.model.parameters())
+    broken.model(**{key: X[None] for key, X in ROWS[0].items()}).loss.backward()
+    with pytest.raises(ValueError, match=r"AdamW steps parameters whose gradients .* has taken.*release\(\)"):
+        other.step()
+    subspan.hf.projected(first).release()
+    broken.model.zero_grad()
+    done = trained(tmp_path / "c", subspan.hf.SubspanCallback(), **ways)  # its callback releases
+    for model, mine in ((broken.model, other), (done.model, torch.optim.AdamW(done.model.parameters()))):
+        before = [p.detach().clone() for p in model.parameters()]
+        model(**{key: X[None] for key, X in ROWS[0].items()}).loss.backward()
+        mine.step()
+        assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_clipping_by_value_is_refused(tmp_path: Path) -> None:
+    subspan.hf.clip_in_optimizer()
+    for gradients in ("project", "hold"):
+        accelerator = Accelerator(cpu=True)
+        model = accelerator.prepare(LlamaForCausalLM(LlamaConfig(**SIZES)))
+        groups = subspan.param_groups(model, rank=8, verbose=False)
+        accelerator.prepare(subspan.GaLoreAdamW(groups, gradients=gradients))
+        model(**{key: X[None] for key, X in ROWS[0].items()}).loss.backward()
+        if gradients == "project":
+            with pytest.raises(ValueError, match=r"clip_value=1e-09 cannot clip.*use clip_grad_norm_"):
+                accelerator.clip_grad_value_(model.parameters(), 1e-9)
+        else:
+            accelerator.clip_grad_value_(model.parameters(), 1e-9)
+            assert max(p.grad.abs().max().item() for p in model.parameters()) <= 1e-9
+
+
+def test_names_of_the_reference_are_clipped_by_trainer(tmp_path: Path) -> None:
+    """Also after `clip_in_optimizer`, whole gradients as before."""
+    subspan.hf.clip_in_optimizer()
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(model)
+    matrices = [p for name, p in model.named_parameters() if "layers" in name and p.ndim == 2]
+    group = {"params": matrices, "rank": 4, "update_proj_gap": 10, "scale": 0.25, "proj_type": "std"}
+    accelerator.prepare(subspan.compat.GaLoreAdamW([group], lr=0.01))
+    model(**{key: X[None] for key, X in ROWS[0].items()}).loss.backward()
+    whole = torch.stack([p.grad.norm() for p in matrices]).norm()
+    assert accelerator.clip_grad_norm_(matrices, 0.1) == pytest.approx(whole.item())
+
+
+def test_several_sets_and_frozen_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first set is the validation curve; memory is planned for what is trained, or not at all."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.model.layers[0].requires_grad_(False)
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=2)
+    made = trainer(args, subspan.hf.SubspanCallback(), model=model)
+    made.eval_dataset = {"a": ROWS[:8], "b": ROWS[8:16]}
+    made.train()
+    (run,) = read_runs([tmp_path])
+    seen = [row["eval_a_loss"] for row in made.state.log_history if "eval_a_loss" in row]
+    assert [row["valid_loss"] for row in run.evaluations] == seen
+    assert len(seen) > 1
+    assert "no plan: of causal language models alone" in capsys.readouterr().out
 
 
 def test_the_callback_wants_an_optimizer_of_subspan(tmp_path: Path) -> None:

@@ -785,6 +785,14 @@ def test_bad_arguments_are_refused(kwargs, message):
         subspan.GaLoreAdamW([nn.Parameter(torch.randn(6, 8))], **kwargs)
 
 
+def test_clipping_may_be_set_later_and_is_checked():
+    optimizer = subspan.GaLoreAdamW([nn.Parameter(torch.randn(6, 8))])
+    optimizer.max_grad_norm = 1.0
+    with pytest.raises(ValueError, match="max_grad_norm=0 must be positive: use None"):
+        optimizer.max_grad_norm = 0
+    assert optimizer.max_grad_norm == 1.0
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -175,8 +175,8 @@ ALONG_D = ("project", "int8", "muon", "fira", "transport", "svd")
 FULL_RANK = ("muon, full rank", "rows")
 TWO = [*((case, "k") for case in CASES if case != FULL_RANK[0]), *((case, "d") for case in ALONG_D), FULL_RANK]
 FOUR = [("project", "k"), ("int8", "k"), ("muon", "d"), ("fira", "d"), FULL_RANK]
-ATOL = {"int8": 2e-4, "int4, project": 2e-4, "muon, int8": 2e-4, "frugal": 1e-4}
-"""Where rounding may choose another code, or the sign of a residual near 0: of weights after 6 steps of 0.003."""
+ATOL = {"int8": 2e-4, "int4, project": 2e-4, "muon, int8": 2e-4, "frugal": 4e-4}
+"""Where rounding may choose another code, or the sign of a residual near 0, 1.5e-4 each: of weights after 6 steps of 0.003."""
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +273,40 @@ def check_bits() -> None:
         assert torch.equal(whole(states[1][key]), X), key
 
 
+def check_placements(mesh: DeviceMesh) -> None:
+    """Gradients whose sum DTensor has left open, and batches of matrices however they are cut."""
+    W, *inputs = (torch.randn(3, 33, 64) for _ in range(STEPS + 1))
+    for X in (W, *inputs):
+        dist.broadcast(X, 0)
+    for placement, options in (
+        (Replicate(), {}),
+        (Replicate(), {"rank": 16}),
+        (Replicate(), {"rank": 16, "gradients": "project"}),
+        (Shard(0), {"rank": 16, "rule": Adafactor(), "refresh": Refresh(moments="transport")}),
+        (Shard(1), {"rank": 16, "gradients": "project"}),
+        (Shard(1), {"rank": 16, "combine": Fira()}),
+        (Shard(2), {"rank": 16, "state_dtype": torch.int8}),
+    ):
+        group = {"rank": options.pop("rank"), "update_proj_gap": GAP} if "rank" in options else {}
+        if isinstance(placement, Shard):
+            group["view"] = "batch"
+        ends = []
+        for spread in (False, True):
+            start = W if "view" in group else W[0]
+            p = nn.Parameter(distribute_tensor(start, mesh, [placement]) if spread else start.clone())
+            optimizer = ProjectedOptimizer([{"params": [p], **group}], lr=0.01, **options)
+            for X in inputs:
+                if "view" in group:
+                    p.grad = distribute_tensor(X, mesh, [placement]) if spread else X.clone()
+                else:  # of rows that lie on both processes: each has an addend of the gradient
+                    rows = distribute_tensor(X[1], mesh, [Shard(0)]) if spread else X[1]
+                    (rows @ p.mT).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            ends.append(whole(p.detach()))
+        torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-5, msg=lambda text, o=options: f"{o}: {text}")
+
+
 def check_errors_copies_and_loading() -> None:
     mesh = init_device_mesh("cpu", (2,))
     square = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
@@ -282,6 +316,7 @@ def check_errors_copies_and_loading() -> None:
         ({}, [Shard(1)], mesh, "sharded along dimension 1"),
         ({"rank": 2}, [Shard(0), Shard(1)], square, "only one Shard"),
         ({"rank": 2, "view": "conv"}, [Shard(1)], mesh, "in no regular way"),
+        ({"view": "batch", "full_rank": True}, [Shard(0)], mesh, "in no regular way"),
     ):
         X = torch.zeros(4, 4, 2, 2) if "view" in group else torch.zeros(4, 4)
         p = nn.Parameter(distribute_tensor(X, where, placements))
@@ -294,6 +329,8 @@ def check_errors_copies_and_loading() -> None:
     p.grad = distribute_tensor(torch.eye(4), mesh, [Replicate()])
     optimizer.step()
     assert not torch.equal(whole(p.detach()), torch.ones(4, 4))
+
+    check_placements(mesh)
 
     # State goes from one process to several and back.
     torch.manual_seed(0)

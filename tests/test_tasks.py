@@ -51,6 +51,16 @@ def test_texts_end_where_positions_do(tmp_path: Path) -> None:
         assert load_tokenizer(str(tmp_path)).model_max_length == longest
 
 
+def test_positions_without_an_end(tmp_path: Path) -> None:
+    """XLNet's configuration says -1."""
+    transformers = pytest.importorskip("transformers")
+    vocab_size = len(write_tokenizer(tmp_path))
+    transformers.XLNetConfig(vocab_size=vocab_size, d_model=32, n_layer=1, n_head=2, d_inner=32).save_pretrained(
+        tmp_path
+    )
+    assert load_tokenizer(str(tmp_path)).model_max_length > 10**6
+
+
 def test_an_empty_text_has_a_token(tokenizer: Any, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "train.csv", [*ROWS, {"sentence": "", "label": 1}])
     data = load_task(TaskConfig(train_files=file, valid_files=file), tokenizer)

@@ -12,20 +12,24 @@ gradients alone.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from subspan.optim.dtensors import is_spread, local
+from subspan.optim.dtensors import is_spread, local, settle_gradient
 
 if TYPE_CHECKING:
     from subspan.optim.optimizer import ProjectedOptimizer
 
 Gradients = Literal["hold", "project", "update"]
+
+_ALIVE: weakref.WeakSet[Backward] = weakref.WeakSet()
 
 
 class Backward:
@@ -40,6 +44,8 @@ class Backward:
         self.low_rank: dict[Tensor, Tensor] = {}
         self.updated: dict[Tensor, Tensor] = {}
         self.handles: dict[Tensor, RemovableHandle] = {}
+        _watch_others()
+        _ALIVE.add(self)
         weakref.finalize(optimizer, Backward.detach, self).atexit = False
 
     def attach(self) -> None:
@@ -120,7 +126,27 @@ class Backward:
                 "a backward pass between prepare() and step() would be lost: call step() or zero_grad() first"
             )
         check_dense(p.grad)
+        settle_gradient(p)
         return optimizer, p.grad
+
+
+@functools.cache
+def _watch_others() -> None:
+    """From now on another optimizer's step raises ValueError where hooks have taken the gradients that it looks for: it would
+    leave those parameters as they are, without a word."""
+
+    def check(other: Optimizer, *_: Any) -> None:
+        for backward in _ALIVE:
+            own, taken = backward.optimizer(), (backward.low_rank, backward.updated)
+            if own is other or not any(taken):
+                continue
+            if any(p in kept for group in other.param_groups for p in group["params"] for kept in taken):
+                raise ValueError(
+                    f"{type(other).__name__} steps parameters whose gradients an earlier {type(own).__name__} has taken during "
+                    "the backward pass: call release() of that one, or let go of it, before another optimizer trains the model"
+                )
+
+    register_optimizer_step_pre_hook(check)
 
 
 def check_dense(G: Tensor) -> None:

@@ -111,7 +111,8 @@ def check_copies(model: nn.Module, optimizer: Optimizer, process_group: ProcessG
         tensors[name] = p
         state = optimizer.state.get(p, {})
         tensors |= {f"{key} of {name}": X for key, X in state.items() if isinstance(X, Tensor)}
-    sums = torch.stack([_checksum(X) for X in tensors.values()]).to(next(model.parameters()).device)
+    device = next(model.parameters()).device  # some state lies on the host
+    sums = torch.stack([_checksum(X).to(device) for X in tensors.values()])
     least, most = sums.clone(), sums.clone()
     dist.all_reduce(least, op=dist.ReduceOp.MIN, group=process_group)
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=process_group)
@@ -142,12 +143,15 @@ def ignore_projected(
     groups: of the model, as `param_groups` makes them. As DistributedDataParallel would, takes their values from the first
     process of `process_group` (None: all). Call it before the model is wrapped.
     """
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, list[str]] = {}  # of a tied weight DistributedDataParallel finds the last one
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
     projected = [item[1] if isinstance(item, tuple) else item for g in groups if "rank" in g for item in g["params"]]
     ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     for p in projected:
         dist.broadcast(p.detach(), group=process_group, group_src=0)
-        ignored += [names[p], f".{names[p]}"]  # of the root module's own parameters it looks for the latter
+        for name in names[p]:
+            ignored += [name, f".{name}"]  # of the root module's own parameters it looks for the latter
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
         model, ignored
     )

@@ -37,6 +37,14 @@ def summed(X: Any) -> Tensor:
     return done
 
 
+def settle_gradient(p: Any) -> None:
+    """Place p.grad as p is: DTensor leaves the sum over processes open in the gradient of a parameter that they have copies of,
+    and torch's optimizers do it."""
+    G = p.grad
+    if is_spread(p) and is_spread(G) and G.placements != p.placements:
+        p.grad = G.redistribute(placements=p.placements)
+
+
 def beside(X: Tensor, A: Any) -> Tensor:
     """X, equal on all processes, where A lies: one DTensor in a product wants another."""
     if not is_spread(A):

@@ -80,9 +80,10 @@ def param_groups(
         chosen = default_targets(model, 1 if rank is None else 2) | {n for n, p in trainable if _stacks_experts(n, p)}
     else:
         chosen = _targeted(trainable, targets)
-    if not chosen:
+    if not chosen and rank is not None:
         raise ValueError(
-            "targets=None found no linear layer in numbered blocks: name the weights, as in targets=['attn', 'mlp']"
+            "targets=None found no linear layer in numbered blocks that is trained and has two rows and columns: name the "
+            "weights, as in targets=['attn', 'mlp'], or set requires_grad=True on them"
         )
     if split and (rank is not None or views):
         raise ValueError(f"split=True is for rank=None without views, not rank={rank!r}, views={views!r}: drop it")

@@ -24,14 +24,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
 from subspan.optim.backward import Backward, Gradients, check_dense
 from subspan.optim.combine import Combine
-from subspan.optim.dtensors import local
+from subspan.optim.dtensors import local, settle_gradient
 from subspan.optim.groups import as_matrix
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.marks import mark
@@ -45,7 +45,7 @@ from subspan.optim.projectors import (
     project,
     seed_of,
 )
-from subspan.optim.quant import write_basis
+from subspan.optim.quant import SIGNED, write_basis
 from subspan.optim.refresh import Refresh
 from subspan.optim.rules import Adam, Rule
 from subspan.optim.state import StatefulOptimizer
@@ -100,6 +100,8 @@ class ProjectedOptimizer(StatefulOptimizer):
         average_over: the process group whose processes train copies of the model on different data: low-rank gradients are
             averaged over it, r/d of what whole gradients would send, with gradients="project" while the backward pass goes on.
             Gradients of dense parameters are left to DistributedDataParallel, from which `ignore_projected` keeps the others.
+            Each process has a gradient of every projected parameter in each step; what else looks at gradients before `step()`
+            (torch.nn.utils.clip_grad_norm_, GradScaler) sees those of one process: clip with `max_grad_norm`.
             None: gradients are those of all data already, or sharded by fully_shard.
         compile: make one pass over memory of a rule and its moments with torch.compile, for Adam, Lion, SGDMomentum and rules
             like them; the first step then takes longer. Eager, after a warning, where there is no compiler. Adam on fp32
@@ -146,15 +148,8 @@ class ProjectedOptimizer(StatefulOptimizer):
                 raise ValueError(
                     f"compile=True tells rules apart by their hash, which {type(r).__name__} lacks: make it a frozen dataclass"
                 )
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm!r} must be positive: use None for no clipping")
         if gradients not in get_args(Gradients):
             raise ValueError(f"gradients={gradients!r} is unknown: use 'hold', 'project' or 'update'")
-        if gradients == "update" and max_grad_norm is not None:
-            raise ValueError(
-                f"max_grad_norm={max_grad_norm!r} needs the norm of all gradients, which gradients='update' never sees "
-                "together: use gradients='project' or drop max_grad_norm"
-            )
         if combine is not None and gradients == "project":
             raise ValueError(
                 f"combine={combine!r} needs full gradients, of which gradients='project' keeps projections: use "
@@ -200,11 +195,37 @@ class ProjectedOptimizer(StatefulOptimizer):
         )
         self._hook()
 
+    clips_alone: ClassVar[bool] = True
+    """Whether `max_grad_norm` is for trainers to set (subspan.hf); False: they clip p.grad, as of any optimizer."""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; checks the group's values and creates the state of its parameters."""
         super().add_param_group(param_group)
         if self._backward:
             self._backward.attach()
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """See the class; may be set between two steps, as trainers do that clip."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        if value is not None and not value > 0:
+            raise ValueError(f"max_grad_norm={value!r} must be positive: use None for no clipping")
+        if self.gradients == "update" and value is not None:
+            raise ValueError(
+                f"max_grad_norm={value!r} needs the norm of all gradients, which gradients='update' never sees together: use "
+                "gradients='project' or drop max_grad_norm"
+            )
+        self._max_grad_norm = value
+
+    def release(self) -> None:
+        """Take the hooks of `project` and `update` off the parameters, and forget what they kept: for a model that goes on
+        without this optimizer while something still refers to it. `zero_grad()` and `step()` put them back."""
+        self.prepared, self._seen = None, {}
+        if self._backward:
+            self._backward.detach()
 
     # --------------------------------------------------------------------------------------------------- step
 
@@ -214,6 +235,11 @@ class ProjectedOptimizer(StatefulOptimizer):
         if hasattr(self, "grad_scale"):
             for left in ("grad_scale", "found_inf"):  # the scaler takes them away after a step, not after an error
                 vars(self).pop(left, None)
+            if self.copies:
+                raise ValueError(
+                    "GradScaler looks at gradients before average_over has averaged them, so that processes would decide apart: "
+                    "use bfloat16, which needs no scaler"
+                )
             raise ValueError(
                 f"GradScaler cannot unscale the gradients that gradients={self.gradients!r} took during the backward pass: "
                 "use bfloat16, which needs no scaler, or gradients='hold'"
@@ -431,8 +457,22 @@ class ProjectedOptimizer(StatefulOptimizer):
         for _, p in self._parameters():
             if self._backward:
                 self._backward.check(p)
-        for _, G in self._held():
+        for p, G in self._held():
             check_dense(G)
+            settle_gradient(p)
+        if self.copies:
+            self._check_complete()
+
+    def _check_complete(self) -> None:
+        """ValueError where a gradient that other processes may have is missing: averages would be taken of different ones."""
+        taken = (self._backward.low_rank.keys() | self._backward.updated.keys()) if self._backward else set()
+        missing = [p for p in self._index if p.requires_grad and p.grad is None and p not in taken]
+        if missing and len(missing) < len(self._index):
+            raise ValueError(
+                f"{len(missing)} of {len(self._index)} projected parameters have no gradient, the first of shape "
+                f"{tuple(missing[0].shape)}: average_over needs one of each in every step, on every process: freeze what is "
+                "unused, or let it take part, times 0"
+            )
 
     def _everywhere(self, X: Tensor) -> Tensor:
         """The largest of a number (0-d) on all processes, so that all decide alike."""
@@ -506,7 +546,11 @@ class ProjectedOptimizer(StatefulOptimizer):
                 moments[name].zero_()
             self._timetable.reset_at(p, state, self._steps[p])
         else:
-            rule.transport(moments, new.mT @ old.to(new.dtype), self._steps[p])  # type: ignore[attr-defined]
+            C = new.mT @ old.to(new.dtype)
+            shards = self._shards[p]
+            if shards is not None and shards.axis == "batch" and not moments.keys() & SIGNED.keys():
+                C = shards.gather(C)  # Adafactor's rows and columns are whole on each process
+            rule.transport(moments, C, self._steps[p])  # type: ignore[attr-defined]
         store.save(state, moments)
 
     # ------------------------------------------------------------------------------------------- state_dict
@@ -524,8 +568,9 @@ class ProjectedOptimizer(StatefulOptimizer):
         self.prepared, self._seen = None, {}  # in other bases
 
     def _hook(self) -> None:
-        if self.gradients != "hold":
+        if self.gradients != "hold" or self.copies:
             self._step_supports_amp_scaling = True  # GradScaler then tells step() that it is there, which raises
+        if self.gradients != "hold":
             self._backward = Backward(self)
             self._backward.attach()
 

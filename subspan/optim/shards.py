@@ -91,8 +91,8 @@ class Shards:
         return total / self.size
 
     def mine_of(self, Q: Tensor) -> Tensor:
-        """Rows of a basis Q (d, r) that belong to this process' rows of A."""
-        return Q.narrow(0, *self.mine(self.rows))
+        """Rows of a basis Q (..., d, r) that belong to this process' rows of A."""
+        return Q.narrow(-2, *self.mine(self.rows))
 
     def max(self, X: Tensor) -> Tensor:
         """The largest of a number (0-d) of every process with a part; inf for nan."""
@@ -202,6 +202,13 @@ def shards_of(p: Tensor, group: dict[str, Any], side: Side | None) -> Shards | N
             f"a parameter of shape {tuple(p.shape)} is placed as {p.placements}: only one Shard, as fully_shard makes it, and "
             "copies of it are supported"
         )
+    view = group.get("view", "matrix")
+    irregular = ValueError(
+        f"a parameter of shape {tuple(p.shape)} with view={view!r} is sharded along dimension {placement.dim}, which cuts "
+        "its matrices in no regular way: shard along dimension 0, with at most three dimensions for view='batch'"
+    )
+    if view == "batch" and p.ndim > 3:
+        raise irregular
     if side is None:
         if placement.dim != 0:
             raise ValueError(
@@ -209,18 +216,9 @@ def shards_of(p: Tensor, group: dict[str, Any], side: Side | None) -> Shards | N
                 "fully_shard's shard_placement_fn return Shard(0) or None for it"
             )
         return Shards(p.device_mesh, dim, "rows", p.shape[0], 0, 0)
-    view = group.get("view", "matrix")
-    if view == "conv":
-        along = 0 if placement.dim == 0 else None
-    elif p.ndim > 3:
-        along = None
-    else:
-        along = placement.dim - (p.ndim - 2)  # -1: the batch, 0: m, 1: n
-    if along is None:
-        raise ValueError(
-            f"a parameter of shape {tuple(p.shape)} with view={view!r} is sharded along dimension {placement.dim}, which cuts "
-            "its matrices in no regular way: shard along dimension 0, with at most three dimensions for view='batch'"
-        )
+    if view == "conv" and placement.dim != 0:
+        raise irregular
+    along = 0 if view == "conv" else placement.dim - (p.ndim - 2)  # -1: the batch, 0: m, 1: n
     m, n = matrix_shape(p.shape, group)[-2:]
     axis: Axis = "batch" if along < 0 else "d" if (along == 0) == (side == "left") else "k"
     return Shards(p.device_mesh, dim, axis, p.shape[placement.dim], *((m, n) if side == "left" else (n, m)))

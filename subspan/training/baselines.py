@@ -59,15 +59,20 @@ def add_baseline(model: nn.Module, config: TrainConfig | FinetuneConfig, head: C
 
     head: names of parameters that are trained whatever `config.model.train_rest` says.
 
-    Raises ValueError: the model has no linear layers in numbered blocks, or they are in 8 bits.
+    Raises ValueError: the model has no linear layers in numbered blocks, or of a kind that cannot be factorized.
     """
     kind, rank = config.model.baseline, config.optim.rank
     if kind is None:
         return
     layers = [name.removesuffix(".weight") for name in sorted(default_targets(model))]
-    if not layers or not all(isinstance(model.get_submodule(name), nn.Linear) for name in layers):
+    if not layers:
         raise ValueError(
             f"model.baseline={kind} finds no linear layer in numbered blocks of {config.model.name}: drop it"
+        )
+    turned = [name for name in layers if not isinstance(model.get_submodule(name), nn.Linear)]  # GPT-2's Conv1D
+    if turned and kind == "factorized":
+        raise ValueError(
+            f"model.baseline=factorized cannot factorize {turned[0]} of {config.model.name}, which is no nn.Linear: use lora"
         )
     if kind == "factorized":
         for name in layers:
@@ -76,7 +81,11 @@ def add_baseline(model: nn.Module, config: TrainConfig | FinetuneConfig, head: C
     else:
         peft = require("peft", "baselines")
         adapters = peft.LoraConfig(
-            r=rank, lora_alpha=config.model.lora_alpha, lora_dropout=config.model.lora_dropout, target_modules=layers
+            r=rank,
+            lora_alpha=config.model.lora_alpha,
+            lora_dropout=config.model.lora_dropout,
+            target_modules=layers,
+            fan_in_fan_out=bool(turned),
         )
         peft.inject_adapter_in_model(adapters, model)
         chosen = {name for name, p in model.named_parameters() if any(name.startswith(f"{layer}.") for layer in layers)}

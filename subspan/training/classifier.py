@@ -52,7 +52,7 @@ def _longest(config: Any) -> int | None:
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.num_embeddings) - int(module.padding_idx) - 1
-    return positions
+    return positions if positions and positions > 0 else None  # XLNet: -1, no limit
 
 
 def build_classifier(
