@@ -40,8 +40,8 @@ def score(result: dict[str, Any]) -> float:
 def quality(results: list[dict[str, Any]], which: str) -> str:
     """Mean and spread of the metric that decides, x 100; the mean over tasks of a row that has all of them."""
     lines = [
-        f"| method | {' | '.join(NAMES.values())} | mean | basis and moments, MiB | gradients, MiB | tokens/s |",
-        f"|---|{'---|' * (len(NAMES) + 4)}",
+        f"| method | {' | '.join(NAMES.values())} | mean | basis and moments, MiB | gradients, MiB |",
+        f"|---|{'---|' * (len(NAMES) + 3)}",
     ]
     for name, method in METHODS.items():
         cells, means = [], []
@@ -56,8 +56,7 @@ def quality(results: list[dict[str, Any]], which: str) -> str:
             state = rows[0]["bytes"]["basis"] + rows[0]["bytes"]["moments"]
             numbers = [f"{state / 2**20:.1f}", f"{rows[0]['bytes']['gradients'] / 2**20:.1f}"]
             average = f"{mean(means):.1f}" if len(means) == len(PARTS) else "-"
-            speed = f"{mean(row['tokens_per_second'] for row in rows):.0f}"
-            lines.append(f"| {method.title} | {' | '.join(cells)} | {average} | {' | '.join(numbers)} | {speed} |")
+            lines.append(f"| {method.title} | {' | '.join(cells)} | {average} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
 
