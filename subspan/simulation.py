@@ -196,6 +196,7 @@ def watch_update(model: nn.Module, optimizer: ProjectedOptimizer, p: Tensor, ref
         _Arrive.apply(p, shared).backward()  # type: ignore[no-untyped-call]
 
     optimizer.refresh_due = lambda p: refresh  # type: ignore[method-assign]
+    optimizer._check_complete = lambda: None  # type: ignore[method-assign]  # the others have no gradient here
     # It has moments for a refresh to move, and a basis to start from.
     optimizer._steps[p] = optimizer._timetable.refreshes[p] = 1
     arriving, finishing = Traffic(), Traffic()
@@ -210,7 +211,7 @@ def watch_update(model: nn.Module, optimizer: ProjectedOptimizer, p: Tensor, ref
             prepared = live.now
             step = most(optimizer.step)
             optimizer.zero_grad()
-    del optimizer.refresh_due
+    del optimizer.refresh_due, optimizer._check_complete
     gradient = local(p).nbytes
     return Cost(gradient, first, again, waiting, prepare, prepared, step, arriving.payload, finishing.payload)
 
