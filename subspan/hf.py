@@ -335,7 +335,8 @@ class SubspanCallback(TrainerCallback):
     ) -> None:
         losses = {name: value for name, value in (metrics or {}).items() if name.endswith("_loss")}
         if losses and hasattr(self, "path"):  # not by evaluate() alone, before any training
-            self.evaluated = self.evaluated or next(iter(losses))  # of several data sets the first, in one curve
+            # Of several data sets the first, in one curve; metrics of the caller's own come before Trainer's.
+            self.evaluated = self.evaluated or ("eval_loss" if "eval_loss" in losses else next(iter(losses)))
             if (loss := losses.get(self.evaluated)) is not None:
                 perplexity = EvalResult(loss, tokens=0).perplexity
                 self._write(

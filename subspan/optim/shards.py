@@ -203,12 +203,11 @@ def shards_of(p: Tensor, group: dict[str, Any], side: Side | None) -> Shards | N
             "copies of it are supported"
         )
     view = group.get("view", "matrix")
-    irregular = ValueError(
-        f"a parameter of shape {tuple(p.shape)} with view={view!r} is sharded along dimension {placement.dim}, which cuts "
-        "its matrices in no regular way: shard along dimension 0, with at most three dimensions for view='batch'"
-    )
-    if view == "batch" and p.ndim > 3:
-        raise irregular
+    if (view == "batch" and p.ndim > 3) or (view == "conv" and placement.dim != 0 and side is not None):
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} with view={view!r} is sharded along dimension {placement.dim}, which cuts "
+            "its matrices in no regular way: shard along dimension 0, with at most three dimensions for view='batch'"
+        )
     if side is None:
         if placement.dim != 0:
             raise ValueError(
@@ -216,8 +215,6 @@ def shards_of(p: Tensor, group: dict[str, Any], side: Side | None) -> Shards | N
                 "fully_shard's shard_placement_fn return Shard(0) or None for it"
             )
         return Shards(p.device_mesh, dim, "rows", p.shape[0], 0, 0)
-    if view == "conv" and placement.dim != 0:
-        raise irregular
     along = 0 if view == "conv" else placement.dim - (p.ndim - 2)  # -1: the batch, 0: m, 1: n
     m, n = matrix_shape(p.shape, group)[-2:]
     axis: Axis = "batch" if along < 0 else "d" if (along == 0) == (side == "left") else "k"
