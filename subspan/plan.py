@@ -307,6 +307,9 @@ class Planner:
                 seq_len=config.data.seq_len,
                 dtype=wanted.dtype,
                 overrides=wanted.overrides,
+                attn_implementation="eager"
+                if wanted.attn_implementation == "eager"
+                else None,  # the only one with L x L in memory
                 device="meta",
                 int8=config.int8_weights,
             )

@@ -50,12 +50,24 @@ def test_any_model_by_folder_with_its_weights_or_fresh_ones(tmp_path: Path) -> N
         build_model(str(tmp_path), seq_len=65)
 
 
+def test_attention_is_the_one_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    models = [
+        build_model("llama-9m", vocab_size=300, overrides=SIZES, attn_implementation=name) for name in ("eager", None)
+    ]
+    assert [model.config._attn_implementation for model in models] == ["eager", "sdpa"]
+    models[0].save_pretrained(tmp_path)
+    loaded = build_model(str(tmp_path), pretrained=True, attn_implementation="eager")
+    assert loaded.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
         ("llama-9M", {}, "did you mean llama-9m"),
         ("no/such/folder", {}, "no/such/folder"),
         ("llama-9m", {"pretrained": True}, "model.pretrained=true"),
+        ("llama-9m", {"attn_implementation": "no_such"}, "model.attn_implementation=no_such cannot be used here"),
         ("llama-9m", {"overrides": {"hiden_size": 3}}, "model.overrides: hiden_size"),
     ],
 )

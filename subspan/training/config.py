@@ -67,6 +67,8 @@ class ModelConfig:
     """keep the weights of attention and MLP in 8 bits; null: with optim.preset=qgalore. Gradients have model.dtype"""
     overrides: dict[str, Any] = field(default_factory=dict)
     """fields of the model's configuration to change, such as {hidden_size: 128}"""
+    attn_implementation: str | None = None
+    """attention of transformers: sdpa, eager, flash_attention_2 and so on; null: its choice for the model"""
     baseline: Baseline | None = None
     """lora: adapters beside frozen weights, relora: merged into them every so often, factorized: products of two thin weights;
     at rank optim.rank, with a preset of full rank, such as optim.preset=adamw"""

@@ -25,6 +25,8 @@ class ClassifierConfig:
     """name or folder of a Hugging Face model: an encoder or a causal LM; it gets a new head unless it has one that fits"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the weights and gradients"""
+    attn_implementation: str | None = None
+    """attention of transformers: sdpa, eager, flash_attention_2 and so on; null: its choice for the model"""
     baseline: Literal["lora"] | None = None
     """lora: adapters beside frozen weights, at rank optim.rank, with a full-rank preset such as adamw; the head is trained too"""
     lora_alpha: float = 16.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ def build_model(
     pretrained: bool = False,
     dtype: str = "float32",
     overrides: Mapping[str, Any] | None = None,
+    attn_implementation: str | None = None,
     device: str | torch.device | None = None,
     int8: bool = False,
 ) -> PreTrainedModel:
@@ -68,12 +70,14 @@ def build_model(
     seq_len: the longest sequence to come; a `LLAMA` size gets as many positions, another model must have them.
     overrides: fields of the model's configuration; they win over everything else. A Hugging Face model's file often states
         what follows from other fields as well (head_dim): override that too.
+    attn_implementation: attention of transformers, such as sdpa, eager or flash_attention_2; None: its choice for the model.
     device: None is torch's default device, so that `with torch.device("meta")` builds without memory.
     int8: the linear layers in numbered blocks, what `param_groups` projects by default, are `Int8Weight`s that look like
         `dtype`. A fresh model is made in that form: beside it there is never more than a block of one weight, or an embedding
         that is about to be tied. A pretrained one is loaded in `dtype` into host memory, quantized weight by weight and moved.
 
-    Raises ValueError for an unknown name, an unknown field or too few positions; with int8, for a model without such layers.
+    Raises ValueError for an unknown name, an unknown field, too few positions or an attention that is not to be had; with int8,
+    for a model without such layers.
     """
     transformers = require("transformers", "train")
     if name in LLAMA and pretrained:
@@ -81,24 +85,40 @@ def build_model(
             f"model.pretrained=true needs a Hugging Face model, and {name} has no published weights: set it false"
         )
     config = model_config(name, overrides, vocab_size=vocab_size, seq_len=seq_len)
-    torch_dtype = getattr(torch, dtype)
+    made_as = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     model: PreTrainedModel
     if pretrained:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
+        with named_attention(attn_implementation):
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, **made_as)
         if int8:
             _quantize(model, name)
         model.to(device or "cpu")  # type: ignore[arg-type]
         return model
     if int8:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+        with torch.device("meta"), named_attention(attn_implementation):
+            model = transformers.AutoModelForCausalLM.from_config(config, **made_as)
         _quantize(model, name)
         _materialise(model, torch.empty(0, device=device).device)
         return model
     # None leaves a `with torch.device(...)` of the caller alone: older torch does not report it as the default device
-    with torch.device(device) if device is not None else contextlib.nullcontext():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+    placed = torch.device(device) if device is not None else contextlib.nullcontext()
+    with placed, named_attention(attn_implementation):
+        model = transformers.AutoModelForCausalLM.from_config(config, **made_as)
     return model
+
+
+@contextlib.contextmanager
+def named_attention(attn_implementation: str | None) -> Iterator[None]:
+    """transformers says several lines, or that a package is missing, where it does not have an attention."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        if attn_implementation is None or not re.search("attn_implementation|attention", str(error), re.I):
+            raise
+        raise ValueError(
+            f"model.attn_implementation={attn_implementation} cannot be used here: {str(error).strip().splitlines()[0]}; "
+            "set null for what transformers chooses"
+        ) from None
 
 
 def _quantize(model: PreTrainedModel, name: str) -> None:

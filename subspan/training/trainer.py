@@ -100,6 +100,7 @@ def _train(config: TrainConfig, build_optimizer: OptimizerFactory, processes: Pr
         seq_len=config.data.seq_len,
         dtype=config.model.dtype,
         overrides=config.model.overrides,
+        attn_implementation=config.model.attn_implementation,
         int8=config.int8_weights,
     )
     sharded, pretrained = config.parallel.shard > 1, config.model.pretrained
