@@ -41,12 +41,13 @@ RESULTS = Path(__file__).with_name("results")
 SEARCH_SEED = 0
 REST_RATE = 0.001
 """Of embeddings and norms, where they are trained."""
-EPOCHS, BATCH, MAX_LENGTH = 3, 16, 64
+EPOCHS, MAX_LENGTH = 3, 64
 
 
 class Part(NamedTuple):
     """What is used of a task, so that one run takes two to four minutes on a core. train, valid: rows, None: all.
-    whole: every training row, in bfloat16 arithmetic, with the head's rate left where it is: tasks of which a part says nothing.
+    whole: every training row, in batches of 32 (of a part 16) and bfloat16 arithmetic, the head's rate left where it is: tasks
+    of which a part says nothing.
     head: where the search for the head's rate starts; one of many classes wants more than pretrained matrices bear."""
 
     train: int | None
@@ -147,7 +148,7 @@ def configure(
             out=str(out),
             epochs=EPOCHS,
             seeds=[seed],
-            batch_size=BATCH,
+            batch_size=32 if fast else 16,
             warmup_ratio=0.1,
             checkpoint_every=0,
             log_every=100,
