@@ -39,8 +39,6 @@ from grid import beside, once, walk
 
 RESULTS = Path(__file__).with_name("results")
 SEARCH_SEED = 0
-REST_RATE = 0.001
-"""Of embeddings and norms, where they are trained."""
 EPOCHS, MAX_LENGTH = 3, 64
 
 
@@ -48,12 +46,14 @@ class Part(NamedTuple):
     """What is used of a task, so that one run takes two to four minutes on a core. train, valid: rows, None: all.
     whole: every training row, in batches of 32 (of a part 16) and bfloat16 arithmetic, the head's rate left where it is: tasks
     of which a part says nothing.
-    head: where the search for the head's rate starts; one of many classes wants more than pretrained matrices bear."""
+    head: where the search for the head's rate starts; one of many classes wants more than pretrained matrices bear.
+    rest: the rate of embeddings and norms, where they are trained."""
 
     train: int | None
     valid: int | None
     seeds: tuple[int, ...]
     head: float = 0.001
+    rest: float = 0.001
 
     @property
     def whole(self) -> bool:
@@ -61,9 +61,9 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "cola": Part(None, None, (1, 2, 3)),
-    "mrpc": Part(None, None, (1, 2, 3)),
-    "rte": Part(None, None, (1, 2, 3)),
+    "cola": Part(None, None, (1, 2, 3), rest=1e-4),
+    "mrpc": Part(None, None, (1, 2, 3), rest=1e-4),
+    "rte": Part(None, None, (1, 2, 3), rest=1e-4),
     "sst2": Part(1200, None, (1, 2, 3)),
     "banking77": Part(1540, 1000, (1, 2, 3), head=0.01),
 }
@@ -132,28 +132,28 @@ def configure(
     threads: int,
 ) -> FinetuneConfig:
     """Seed SEARCH_SEED is a run of the search."""
-    method, (lr, head), search, fast = METHODS[name], rates, seed == SEARCH_SEED, PARTS[task].whole
+    method, part, (lr, head), search = METHODS[name], PARTS[task], rates, seed == SEARCH_SEED
     # eager: on a CPU the backward pass of sdpa in bfloat16 takes half of a step
     return FinetuneConfig(
-        ClassifierConfig(name=model, attn_implementation="eager" if fast else None, **method.model),
+        ClassifierConfig(name=model, attn_implementation="eager" if part.whole else None, **method.model),
         TaskConfig(
             task=task,
             train_files=files["search_train" if search else "train"],
             valid_files=files["search_valid" if search else "valid"],
-            max_valid_rows=None if search else PARTS[task].valid,
+            max_valid_rows=None if search else part.valid,
             max_length=MAX_LENGTH,
         ),
-        FinetuneOptimConfig(lr=lr, head_lr=head, **{"dense_lr": REST_RATE, **method.optim}),
+        FinetuneOptimConfig(lr=lr, head_lr=head, **{"dense_lr": part.rest, **method.optim}),
         FinetuneRunConfig(
             out=str(out),
             epochs=EPOCHS,
             seeds=[seed],
-            batch_size=32 if fast else 16,
+            batch_size=32 if part.whole else 16,
             warmup_ratio=0.1,
             checkpoint_every=0,
             log_every=100,
             threads=threads,
-            autocast=fast,
+            autocast=part.whole,
         ),
     )
 
