@@ -189,7 +189,7 @@ def report_command(runs: Sequence[str], out: str | None, figure: str | None) -> 
 
 def eval_command(config: TrainConfig | None, arguments: dict[str, Any]) -> None:
     """`subspan eval`: `config` is the run's, None where `arguments["model"]` is no run folder."""
-    from subspan.training.evaluation import evaluate
+    from subspan.training.evaluation import check_documents_apart, evaluate
     from subspan.training.models import build_model, model_config
     from subspan.training.text import check_vocabulary, load_data
     from subspan.training.trainer import find_device
@@ -215,6 +215,8 @@ def eval_command(config: TrainConfig | None, arguments: dict[str, Any]) -> None:
     text = load_data(data, data.tokenizer or name, training=False)
     model = build_model(name, seq_len=data.seq_len, pretrained=True, dtype=arguments["dtype"], device=device)
     check_vocabulary(model, text.tokenizer)
+    if data.keep_documents_apart:
+        check_documents_apart(model, arguments["batch_size"], data.seq_len, device)
     result = evaluate(
         model,
         text.valid_loader(arguments["batch_size"], arguments["sequences"]),

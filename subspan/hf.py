@@ -407,6 +407,7 @@ class SubspanCallback(TrainerCallback):
         model = ModelConfig(
             name=folder,
             dtype=str(self.model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            attn_implementation="eager" if self.model.config._attn_implementation == "eager" else None,
             activation_checkpointing=checkpointing,
         )
         run = RunConfig(

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -99,11 +100,14 @@ def test_rows_of_jsonl_and_parquet(tmp_path: Path) -> None:
     rows = [{"body": "one\u2028two", "n": 1}, {"body": "three", "n": 2}, {"body": " ", "n": 3}]
     lines = write_rows(tmp_path / "x.jsonl", rows)
     with open(lines, "a", encoding="utf-8") as file:
-        file.write('\n{"body": "un\u2028escaped"}\n{"body": "half \\ud800 pair"}\n')
+        file.write('\n{"body": "un\u2028escaped"}\n{"body": null}\n{"body": "half \\ud800 pair"}\n')
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "x.parquet")
     corpus = load_corpus([lines], valid_files=[str(tmp_path / "x.parquet")], text_key="body")
     assert corpus.train == ["one\u2028two", "three", "un\u2028escaped", "half ? pair"]
     assert corpus.valid == ["one\u2028two", "three"]
+    for name in ("x.json", "X.JSONL"):
+        other = shutil.copy(lines, tmp_path / name)
+        assert load_corpus([other], valid_files=[lines], text_key="body").train == corpus.train
 
 
 def test_recursive_globs(tmp_path: Path) -> None:
@@ -513,6 +517,12 @@ def test_chat_files(tokenizer: Any, tmp_path: Path) -> None:
     assert load_chat([lines], valid_files=[str(tmp_path / "chat.parquet")]) == (rows, rows)
     chat = fresh(tokenizer, PLAIN)
     assert [trained_text(sample, chat) for sample in ChatDataset([lines], chat, 64)] == [f"{i}<end>" for i in range(20)]
+
+
+def test_half_a_character_in_a_conversation_is_replaced(tokenizer: Any) -> None:
+    chat = fresh(tokenizer, PLAIN)
+    rows = [{"messages": [*TALK[:2], {"role": "assistant", "content": "half \ud83d pair"}]}]
+    assert [trained_text(sample, chat) for sample in ChatDataset(rows, chat, 64)] == ["half ? pair<end>"]
 
 
 def test_chat_refuses(tokenizer: Any, tmp_path: Path) -> None:

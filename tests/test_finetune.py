@@ -165,6 +165,16 @@ def test_numbers_are_predicted(tmp_path: Path, encoder: str) -> None:
     assert summary["best"]["pearson"]["mean"] > 0.8
 
 
+def test_seeds_that_have_no_correlation_have_a_summary(tmp_path: Path, encoder: str) -> None:
+    write_task(tmp_path, numbers=True)
+    data = {"max_valid_rows": 1}
+    summary = finetune(configure(tmp_path, encoder, data=data, run={"epochs": 1, "seeds": [1, 2]}))
+    assert summary["metrics"][0] == "pearson"
+    assert math.isnan(summary["last"]["pearson"]["mean"])
+    assert math.isnan(summary["last"]["pearson"]["std"])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["last"]["pearson"] == {"mean": None, "std": None}
+
+
 def test_a_causal_model_without_a_pad_token_learns(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "llama", special=False)
     torch.manual_seed(0)
@@ -243,6 +253,10 @@ def test_a_run_that_died_goes_on_and_ends_the_same(
         file.read_text().replace("gradients: null", f"gradients: {parts.optim.gradients}")
     )  # the same, said
     assert numbers_of(finetune(more))[:2] == numbers_of(whole)
+    file.write_text(
+        file.read_text().replace("  attn_implementation: null\n", "")
+    )  # of a version that had no such field
+    assert numbers_of(finetune(more))[:2] == numbers_of(whole)
     other = dataclasses.replace(parts, optim=dataclasses.replace(parts.optim, lr=0.5))
     with pytest.raises(ValueError, match=r"optim\.lr was 0\.003 in .* and is 0\.5: set it back"):
         finetune(other)
@@ -280,6 +294,58 @@ def test_a_signal_ends_it_after_the_step(tmp_path: Path, encoder: str, monkeypat
         finetune(config)
     config.resume = "auto"
     assert numbers_of(finetune(config)) == numbers_of(whole)
+
+
+def test_a_signal_in_the_last_evaluation_ends_it_before_the_next_seed(
+    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, evaluate = iter(range(100)), module.evaluate
+
+    def kicked(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(module, "evaluate", kicked)
+    with pytest.raises(Stopped, match="SIGTERM after step 8 of 8, seeds that ended are saved"):
+        finetune(configure(tmp_path, encoder, run={"epochs": 1, "seeds": [1, 2]}))
+    assert (tmp_path / "run" / "seed_1" / "result.json").is_file()
+    assert not (tmp_path / "run" / "seed_2").exists()
+
+
+def test_a_model_that_cannot_be_written_leaves_its_result(
+    tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    config = configure(tmp_path, encoder, run={"epochs": 1, "export": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_pretrained", full)
+        with pytest.raises(OSError, match=r"seed_0/model \(.*No space left on device\): make room"):
+            finetune(config)
+    config.resume = "auto"
+    assert len(finetune(config)["seeds"]) == 1
+    assert "seed 0 is done, its model was not kept" in capsys.readouterr().out
+
+
+def test_the_attention_is_the_one_asked_for(tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, build = [], module.build_classifier
+
+    def built(*args: Any) -> Any:
+        made = build(*args)
+        seen.append(made[0].config._attn_implementation)
+        return made
+
+    monkeypatch.setattr(module, "build_classifier", built)
+    for name in ("eager", None):
+        run = {"epochs": 1, "out": str(tmp_path / str(name))}
+        finetune(configure(tmp_path, encoder, model={"attn_implementation": name}, run=run))
+    assert seen == ["eager", "sdpa"]
+    for name, message in (("no_such", "Specified"), ("kernels-community/no-such", "kernels")):
+        config = configure(tmp_path, encoder, model={"attn_implementation": name}, run={"out": str(tmp_path / "none")})
+        with pytest.raises(ValueError, match=rf"^model\.attn_implementation={name} cannot be used here: .*{message}"):
+            finetune(config)
 
 
 # ------------------------------------------------------------------------------------------- models and settings

@@ -278,6 +278,15 @@ def test_a_run_ends_well_whatever_the_planner_knows(
     assert ("no plan: " in capsys.readouterr().out) == (dtype != torch.bfloat16)
 
 
+def test_a_plan_is_of_the_models_own_attention(tmp_path: Path) -> None:
+    peaks = []
+    for name in ("eager", "sdpa"):
+        model = LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation=name)
+        trainer(arguments(tmp_path / name, max_steps=1), subspan.hf.SubspanCallback(), model=model).train()
+        peaks.append(json.loads((tmp_path / name / "summary.json").read_text())["plan"]["peak"])
+    assert peaks[0] > peaks[1]
+
+
 def test_the_log_of_a_run_that_goes_on_is_one_log(tmp_path: Path) -> None:
     for steps, resume in ((3, False), (5, True)):
         args = arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=2)

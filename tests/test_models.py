@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,10 @@ def test_attention_is_the_one_asked_for(tmp_path: Path) -> None:
     models[0].save_pretrained(tmp_path)
     loaded = build_model(str(tmp_path), pretrained=True, attn_implementation="eager")
     assert loaded.config._attn_implementation == "eager"
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "attn_implementation": "eager"}))
+    for pretrained in (True, False):  # nothing said: as the model's own configuration says
+        assert build_model(str(tmp_path), pretrained=pretrained).config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize(

@@ -392,6 +392,39 @@ def test_a_run_that_goes_on_otherwise_says_so_and_keeps_what_it_was(tmp_path: Pa
     assert (tmp_path / "run" / "config_to_step_3.yaml").read_text() == before
 
 
+def test_a_change_whose_steps_were_lost_is_not_what_was(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    with pytest.raises(Stopped):
+        train(config, stop_after(3))
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    config.resume = "auto"
+    for lr in (0.011, 0.012):
+        config.optim.lr = lr
+
+        def dies(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+            optimizer = build_optimizer(model, config)
+            optimizer.register_step_post_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            return optimizer
+
+        with pytest.raises(KeyboardInterrupt):
+            train(config, dies)
+    assert (tmp_path / "run" / "config_to_step_3.yaml").read_text() == before
+
+
+def test_a_finished_run_without_a_checkpoint_of_its_end_is_not_made_again(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    with pytest.raises(Stopped):
+        train(config, stop_after(3))
+    config.resume = "auto"
+    train(config)
+    summary = (tmp_path / "run" / "summary.json").read_text()
+    with pytest.raises(ValueError, match="is finished and has no checkpoint of its end"):
+        train(config)
+    assert (tmp_path / "run" / "summary.json").read_text() == summary
+    config.run.steps = 30  # from the checkpoint that there is
+    assert train(config)["steps"] == 30
+
+
 def test_a_resume_that_names_nothing_is_refused(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     for resume, message in (("nowhere", "neither a checkpoint nor a run"), (str(tmp_path), "neither")):

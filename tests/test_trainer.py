@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from tiny import SIZES, tiny_config, write_text, write_tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from subspan.cli import main
 from subspan.optim.marks import mark
 from subspan.training import trainer
 from subspan.training.config import TrainConfig, load_config
@@ -513,7 +515,9 @@ def test_a_run_too_short_for_its_bases_says_so(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
-def test_a_model_that_cannot_keep_documents_apart_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_model_that_cannot_keep_documents_apart_is_refused(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     if kind == "opt":
         made = OPTConfig(**sizes, ffn_dim=32, word_embed_proj_dim=32)
@@ -531,5 +535,14 @@ def test_a_model_that_cannot_keep_documents_apart_is_refused(tmp_path: Path, kin
     if kind == "llama":
         train(config)
         return
-    with pytest.raises(ValueError, match=r"data\.keep_documents_apart=true: this model lets"):
+    message = r"data\.keep_documents_apart=true: this model lets"
+    with pytest.raises(ValueError, match=message):
         train(config)
+    OPTForCausalLM(made).save_pretrained(tmp_path / "model")
+    words = ["eval", str(tmp_path / "model"), "--data.files", str(tmp_path / "text.txt"), "--data.seq_len", "16"]
+    (tmp_path / "text.txt").write_text("the red cat and a blue dog " * 100)
+    words += ["--data.tokenizer", str(tmp_path / "words"), f"--data.cache_dir={tmp_path}/c"]
+    main(words)
+    with pytest.raises(SystemExit):
+        main([*words, "--data.keep_documents_apart", "true"])
+    assert re.search(message, capsys.readouterr().err)

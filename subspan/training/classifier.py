@@ -15,7 +15,7 @@ from subspan.training.baselines import add_baseline
 from subspan.training.corpus import first_line
 from subspan.training.evaluation import Batch, to_device
 from subspan.training.finetune_config import FinetuneConfig
-from subspan.training.models import named_attention
+from subspan.training.models import NoAttention, chosen_attention, named_attention
 from subspan.training.tasks import TaskData, score
 
 if TYPE_CHECKING:
@@ -63,20 +63,23 @@ def build_classifier(
 
     Also the names of the weights that no file had, and of those of the head. Raises ValueError if it does not load.
     """
-    name, auto = config.model.name, require("transformers", "train").AutoModelForSequenceClassification
+    name, attention = config.model.name, config.model.attn_implementation
+    auto = require("transformers", "train").AutoModelForSequenceClassification
     model: PreTrainedModel
-    with named_attention(config.model.attn_implementation):
-        try:
+    try:
+        with named_attention(attention):
             model, info = auto.from_pretrained(
                 name,
                 num_labels=task.labels,
                 dtype=getattr(torch, config.model.dtype),
-                attn_implementation=config.model.attn_implementation,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **chosen_attention(attention),
             )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model.name={name!r} does not load as a classifier: {first_line(error)}") from None
+    except NoAttention:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.name={name!r} does not load as a classifier: {first_line(error)}") from None
     model.config.problem_type = "regression" if task.labels == 1 else "single_label_classification"
     model.config.use_cache = False  # of causal LMs: nothing is generated
     model.config.pad_token_id = tokenizer.pad_token_id  # causal models read the last token that is not this one

@@ -129,8 +129,9 @@ def expand_files(patterns: Sequence[str], argument: str) -> list[Path]:
 
 def read_documents(path: Path, argument: str, *, text_key: str, document_separator: str | None) -> list[str]:
     """The documents of one file, without those that are blank."""
-    if path.suffix in (".jsonl", ".parquet"):
-        documents = [text_of(row, text_key, where) for where, row in read_rows(path, argument)]
+    if path.suffix.lower() in (".jsonl", ".json", ".parquet"):
+        rows = read_rows(path, argument)
+        documents = [text_of(row, text_key, where) for where, row in rows if row.get(text_key, "") is not None]
     else:
         text = _read_text(path, argument)
         documents = text.split(document_separator) if document_separator else [text]
@@ -144,7 +145,7 @@ def read_documents(path: Path, argument: str, *, text_key: str, document_separat
 
 def read_rows(path: Path, argument: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of a `.parquet` file, else of a JSON-lines file; `where` is "path:line" for error messages."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         parquet = require("pyarrow.parquet", "train")
         try:
             table = parquet.ParquetFile(path)
@@ -174,7 +175,11 @@ def text_of(row: Mapping[str, Any], text_key: str, where: str, *, argument: str 
     text = row[text_key]
     if not isinstance(text, str):
         raise ValueError(f"{argument}={text_key!r}: {where} holds no text under it, but {text!r:.60}")
-    # JSON can hold half a surrogate pair, which is no character and which no tokenizer takes: it becomes "?".
+    return whole_characters(text)
+
+
+def whole_characters(text: str) -> str:
+    """JSON can hold half a surrogate pair, which is no character and which no tokenizer takes: it becomes "?"."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

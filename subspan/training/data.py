@@ -34,6 +34,7 @@ from subspan.training.corpus import (
     read_chat,
     text_of,
     tokenize,
+    whole_characters,
 )
 
 if TYPE_CHECKING:
@@ -143,11 +144,12 @@ class ChatDataset(Dataset[dict[str, Tensor]]):
         self.truncated = self.dropped = 0
         self.samples: list[tuple[Tensor, Tensor]] = []  # unpadded, int32 ids and bool "is trained on"
         for number, row in enumerate(parsed, start=1):
-            check_chat_row(row, f"chat row {number}")
+            where = f"chat row {number}, {row!s:.60}"
+            check_chat_row(row, where)
             try:
-                ids, answer = _chat_tokens(row, tokenizer)
+                ids, answer = _chat_tokens(_whole(row), tokenizer)
             except Exception as error:  # a template is a program of its own: it may raise anything
-                raise ValueError(f"chat row {number}: {first_line(error)}") from error
+                raise ValueError(f"{where}: {first_line(error)}") from error
             self.truncated += len(ids) > seq_len
             if any(answer[1:seq_len]):  # the first token is predicted from nothing
                 self.samples.append((torch.tensor(ids[:seq_len], dtype=torch.int32), torch.tensor(answer[:seq_len])))
@@ -175,6 +177,15 @@ class ChatDataset(Dataset[dict[str, Tensor]]):
         input_ids[: len(ids)] = ids
         labels[: len(ids)][answer] = ids[answer].long()
         return {"input_ids": input_ids, "labels": labels}
+
+
+def _whole(value: Any) -> Any:
+    """`value` with whole characters in each of its texts."""
+    if isinstance(value, str):
+        return whole_characters(value)
+    if isinstance(value, Mapping):
+        return {key: _whole(item) for key, item in value.items()}
+    return [_whole(item) for item in value] if isinstance(value, list) else value
 
 
 def _chat_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:

@@ -93,7 +93,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         if finished.is_file():
             result = json.loads(finished.read_text(encoding="utf-8"))
             _check_rows(finished, result["sha256"], task)
-            print(f"resume: seed {seed} is done")
+            lost = ", its model was not kept" if run.export and not (folder / "model").is_dir() else ""
+            print(f"resume: seed {seed} is done{lost}")
         else:
             result = _one_seed(config, task, tokenizer, seed, folder, device, describe=not results)
         results.append(result)
@@ -225,7 +226,7 @@ def _one_seed(
             log.say(str(error))  # the result is still to be written, so this is no reason to end
 
     best = max(range(run.epochs), key=lambda i: _decides(progress.scores[i], task))
-    result = {
+    result: dict[str, Any] = {
         "seed": seed,
         "best": {"epoch": best + 1, **progress.scores[best]},
         "last": {"epoch": run.epochs, **progress.scores[-1]},
@@ -240,12 +241,20 @@ def _one_seed(
         "peak_memory_bytes": peak_memory(device),
         "sha256": task.sha256,
     }
-    if run.export:
-        merge(model)
-        save_pretrained(model, folder / "model")
-        tokenizer.save_pretrained(folder / "model")
     write_summary(folder / "result.json", result)  # a run that is killed here has the checkpoint or the result
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if run.export:
+        try:
+            merge(model)
+            save_pretrained(model, folder / "model")
+            tokenizer.save_pretrained(folder / "model")
+        except (OSError, require("safetensors", "train").SafetensorError) as error:  # a full disk, most of the time
+            raise OSError(
+                f"the trained model could not be written to {folder / 'model'} ({error}): make room, and for another try "
+                f"remove {folder}, its result of {task.metrics[0]} {result['last'][task.metrics[0]]:.4f} with it"
+            ) from error
+    if stop.number is not None and seed != run.seeds[-1]:  # asked for in the last evaluation
+        raise Stopped(out, progress.step, steps, stop.number, "finetune", "seeds that ended are saved")
     return result
 
 
@@ -272,15 +281,24 @@ def _run_folder(config: FinetuneConfig) -> Path:
         return new_run_folder(config.run.out)
     saved = require("yaml", "train").safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     for section, values in dataclasses.asdict(config).items():
+        if not isinstance(values, dict):
+            continue  # `resume` itself
         before = saved.get(section) if isinstance(saved, dict) else None
+        new = _defaults(getattr(config, section))  # fields that there were none of when that run was made
         given = as_given(config.optim) if section == "optim" else values
-        for key, value in values.items() if isinstance(values, dict) else ():
-            was = before.get(key, "missing") if isinstance(before, dict) else "missing"
+        for key, value in values.items():
+            was = before.get(key, new.get(key)) if isinstance(before, dict) else "missing"
             if was not in (value, given[key]) and not (section == "run" and key in MAY_CHANGE):
                 raise ValueError(
                     f"resume=auto: {section}.{key} was {was} in {out} and is {value}: set it back, or name another --run.out"
                 )
     return out
+
+
+def _defaults(section: Any) -> dict[str, Any]:
+    return {
+        field.name: field.default for field in dataclasses.fields(section) if field.default is not dataclasses.MISSING
+    }
 
 
 def _with_finished_seeds(config: FinetuneConfig, out: Path) -> FinetuneConfig:
@@ -302,11 +320,12 @@ def _decides(scores: dict[str, float], task: TaskData) -> float:
 
 
 def _over_seeds(results: list[dict[str, Any]], task: TaskData) -> dict[str, dict[str, float | None]]:
-    """Metric -> mean and standard deviation (None for one seed) over the seeds."""
+    """Metric -> mean and standard deviation (None for one seed) over the seeds; nan where a seed has nan."""
     table: dict[str, dict[str, float | None]] = {}
     for metric in task.metrics:
         values = [math.nan if result[metric] is None else result[metric] for result in results]
-        table[metric] = {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+        spread = None if len(values) < 2 else math.nan if any(map(math.isnan, values)) else statistics.stdev(values)
+        table[metric] = {"mean": statistics.fmean(values), "std": spread}
     return table
 
 

@@ -85,7 +85,7 @@ def build_model(
             f"model.pretrained=true needs a Hugging Face model, and {name} has no published weights: set it false"
         )
     config = model_config(name, overrides, vocab_size=vocab_size, seq_len=seq_len)
-    made_as = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+    made_as = {"dtype": getattr(torch, dtype), **chosen_attention(attn_implementation)}
     model: PreTrainedModel
     if pretrained:
         with named_attention(attn_implementation):
@@ -107,15 +107,25 @@ def build_model(
     return model
 
 
+def chosen_attention(attn_implementation: str | None) -> dict[str, str]:
+    """What to tell transformers of it: a None that is passed on would overrule the model's own configuration."""
+    return {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+
+
+class NoAttention(ValueError):
+    """An attention that was asked for is not to be had."""
+
+
 @contextlib.contextmanager
 def named_attention(attn_implementation: str | None) -> Iterator[None]:
-    """transformers says several lines, or that a package is missing, where it does not have an attention."""
+    """transformers says several lines, or that a package is missing, where it does not have an attention: `NoAttention`."""
     try:
         yield
     except (ValueError, ImportError) as error:
-        if attn_implementation is None or not re.search("attn_implementation|attention", str(error), re.I):
+        of_attention = isinstance(error, ImportError) or re.search("attn_implementation|FlashAttention", str(error))
+        if attn_implementation is None or not of_attention:
             raise
-        raise ValueError(
+        raise NoAttention(
             f"model.attn_implementation={attn_implementation} cannot be used here: {str(error).strip().splitlines()[0]}; "
             "set null for what transformers chooses"
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import signal
 import threading
@@ -154,9 +155,17 @@ def keep_old_config(config: TrainConfig, out: Path, step: int) -> list[str]:
         for name, value in (values.items() if isinstance(values, dict) else ())
         if there[section][name] != value
     ]
-    if changed:
-        path.replace(out / f"config_to_step_{step}.yaml")
+    kept = out / f"config_to_step_{step}.yaml"
+    if changed and not kept.exists():  # else the steps after it, which config.yaml is of, were lost
+        path.replace(kept)
     return changed
+
+
+def _ended_at(out: Path) -> int:
+    """Steps that the run in `out` had made when it ended; 0 if it did not end."""
+    with suppress(OSError, ValueError, KeyError):
+        return int(json.loads((out / "summary.json").read_text(encoding="utf-8"))["steps"])
+    return 0
 
 
 def find_start(config: TrainConfig, say: Callable[[str], None] = print) -> tuple[Path, Path | None]:
@@ -170,9 +179,10 @@ def find_start(config: TrainConfig, say: Callable[[str], None] = print) -> tuple
         start = newest(out / CHECKPOINTS, say)
         if start is None and any((out / CHECKPOINTS).glob("step_*")):
             raise ValueError(f"resume=auto: no checkpoint in {out / CHECKPOINTS} is good: remove them to start again")
-        if start is None and (out / "summary.json").exists():
+        ended = _ended_at(out)
+        if ended and (start is None or int(start.name.removeprefix("step_")) < config.run.steps <= ended):
             raise ValueError(
-                f"resume=auto: {out} is finished and has no checkpoint: name another folder with --run.out"
+                f"resume=auto: {out} is finished and has no checkpoint of its end: name another folder with --run.out"
             )
         say(f"resume: {start}" if start else f"resume: {out} has no checkpoint yet, starting from the beginning")
         return out, start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,6 +104,8 @@ def score(metric: Metric, predicted: Any, labels: Any) -> float:
     """One metric of predicted classes or numbers against the true ones, both arrays (N,). nan where it is not defined."""
     sklearn: Any = require("sklearn.metrics", "finetune")
     scipy: Any = require("scipy.stats", "finetune")
+    if metric in CORRELATIONS and len(labels) < 2:
+        return math.nan
     functions: dict[str, Callable[[], Any]] = {
         "accuracy": lambda: sklearn.accuracy_score(labels, predicted),
         "f1": lambda: sklearn.f1_score(labels, predicted, zero_division=0),
