@@ -27,6 +27,7 @@ _GALORE = (
 )
 _ADAMW = (Start(8.4e6, 0.0005, 0.01, _FIRST),)
 _SUBSPAN = (Start(1.7e6, 0.01, 0.1, _GRID),)
+_ADAPTERS = (Start(1.7e6, 0.003, 0.03, _GRID),)
 STARTS: dict[str, tuple[Start, ...]] = {
     "galore": (Start(1.7e6, 0.01, 0.1, _GRID, 100), *_GALORE),
     "galore8bit": _GALORE,
@@ -39,15 +40,27 @@ STARTS: dict[str, tuple[Start, ...]] = {
     "apollo": (Start(1.7e6, 0.01, 0.1, _GRID, 100),),
     "muon": (Start(1.7e6, 0.01, 0.1, _TRIED),),
     "subspan": _SUBSPAN,
+    "lora": _ADAPTERS,
+    "relora": _ADAPTERS,
+    "factorized": _ADAPTERS,
 }
-"""By preset. Nothing is said of presets that are not listed: no run of theirs has been measured."""
+"""From random weights, by preset or baseline. Nothing is said of others: no run of theirs has been measured."""
+
+_CONTINUED = "best of a search, reproductions/continued_pretraining"
+PRETRAINED: dict[str, tuple[Start, ...]] = {
+    "adamw": (Start(1.345e8, 1e-4, 1e-4, _CONTINUED),),
+    "galore": (Start(1.345e8, 1e-3, 1e-4, _CONTINUED),),
+    "lora": (Start(1.345e8, 3e-3, 1e-4, _CONTINUED),),
+}
+"""To go on from a pretrained model, which those of `STARTS` would ruin."""
 
 
-def advise(preset: str, parameters: int) -> str:
-    """The entry of `STARTS` of the nearest size, in words."""
-    starts = STARTS.get(preset)
+def advise(method: str, parameters: int, pretrained: bool = False) -> str:
+    """The entry of the nearest size, in words. method: a preset, or the baseline of the model."""
+    starts = (PRETRAINED if pretrained else STARTS).get(method)
     if starts is None:
-        return f"no rates of {preset} have been measured yet: see docs/choosing.md for how to search"
+        of = " for a pretrained model" if pretrained else ""
+        return f"no rates of {method} have been measured yet{of}: see docs/choosing.md for how to search"
     start = min(starts, key=lambda s: abs(math.log(s.parameters / parameters)))
     gap = "" if start.update_proj_gap is None else f", update_proj_gap {start.update_proj_gap}"
     far = max(start.parameters / parameters, parameters / start.parameters)

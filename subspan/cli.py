@@ -264,6 +264,7 @@ def _plan(arguments: Any, config: TrainConfig, budget: int | None, planner: Any)
     from subspan.plan import describe_run
     from subspan.report.figures import compare_methods, draw_plans
     from subspan.report.page import plan_page
+    from subspan.training.models import LLAMA
 
     if budget is None:
         plan = planner.plan(config)
@@ -276,7 +277,7 @@ def _plan(arguments: Any, config: TrainConfig, budget: int | None, planner: Any)
         config, plan = fits[0].config, fits[0].plan
         texts, found = [describe_fits(fits, budget)], {"budget": budget, "fits": rows}
     if config.parallel.count > 1:
-        gpus_per_node = arguments.gpus_per_node or config.parallel.count
+        gpus_per_node = arguments.gpus_per_node or config.parallel.count // (arguments.nodes or 1)
         traffic = plan_traffic(planner, config, gpus_per_node)
         texts = [
             f"{describe_layout(config.parallel, gpus_per_node)}; of each process:",
@@ -288,7 +289,11 @@ def _plan(arguments: Any, config: TrainConfig, budget: int | None, planner: Any)
         print(json.dumps(found, indent=2))
     else:
         print("\n\n".join(texts))
-        print(f"  start with            {advise(config.optim.preset, plan.parameters)}")
+        published = config.model.name not in LLAMA and not arguments.config  # of a recipe it says so
+        pretrained = config.model.pretrained or published
+        print(
+            f"  start with            {advise(config.model.baseline or config.optim.preset, plan.parameters, pretrained)}"
+        )
     if arguments.figure:
         draw_plans(compare_methods(config, planner), Path(arguments.figure), config)
     if arguments.html:
@@ -304,15 +309,14 @@ def plan_config(arguments: Any) -> tuple[TrainConfig, int | None]:
     from subspan.cluster import layout
     from subspan.plan import with_preset
     from subspan.training.models import LLAMA, model_config
+    from subspan.training.text import vocabulary
 
-    vocab_size = None
     if arguments.config:
         config = parse_train(["train", "--config", arguments.config])
-        made_from_text = config.model.name in LLAMA and config.data.tokenizer is None
-        vocab_size = config.data.vocab_size if made_from_text else None
     elif arguments.model or arguments.budget:
         name = arguments.model or next(iter(LLAMA))  # that of a search for the largest
-        config = TrainConfig(model=ModelConfig(name=name, dtype="bfloat16"), run=RunConfig(batch_size=1))
+        data = DataConfig(vocab_size=32000) if name in LLAMA else DataConfig()  # as the paper's recipes
+        config = TrainConfig(ModelConfig(name=name, dtype="bfloat16"), data, run=RunConfig(batch_size=1))
         if arguments.rank is None:
             config.optim.rank = max(1, model_config(name).get_text_config().hidden_size // 4)
     else:
@@ -339,8 +343,15 @@ def plan_config(arguments: Any) -> tuple[TrainConfig, int | None]:
     check_whole("micro_batch", micro_batch, minimum=1)
     check_whole("vocab_size", arguments.vocab_size, minimum=1, optional=True)
     sections["parallel"] = dataclasses.asdict(parallel)
-    sections["run"] |= {"micro_batch": micro_batch, "batch_size": micro_batch * accumulation * parallel.count}
-    return make_config(sections), arguments.vocab_size or vocab_size
+    if not arguments.config or (arguments.micro_batch, arguments.accumulation) != (None, None):
+        sections["run"] |= {"micro_batch": micro_batch, "batch_size": micro_batch * accumulation * parallel.count}
+    if arguments.vocab_size is not None:
+        if config.model.name not in LLAMA:
+            raise ValueError(f"vocab_size={arguments.vocab_size}: {config.model.name} has its own, leave it out")
+        sections["data"]["vocab_size"] = arguments.vocab_size
+        sections["model"]["overrides"].pop("vocab_size", None)
+    config = make_config(sections)
+    return config, arguments.vocab_size or vocabulary(config)
 
 
 def one_line(error: BaseException) -> str:

@@ -67,7 +67,7 @@ def count_memory(model: nn.Module, optimizer: torch.optim.Optimizer) -> MemoryTa
         gradients=_waiting_gradients(trainable, optimizer),
         basis=basis,
         moments=moments,
-        adam_full_rank=sum(8 * p.numel() for p in trainable),
+        adam_full_rank=sum(8 * local(p).numel() for p in trainable),
     )
 
 

@@ -204,7 +204,7 @@ def planned_and_measured(
 ) -> tuple[MemoryPlan | None, str]:
     """The plan of a run, and its peak in words beside the measured one, `peak` bytes on `device` (`describe_device`)."""
     measured = f"measured {peak / GIB:.3f} GiB"
-    if not device.startswith("cuda"):
+    if device.startswith("cpu"):
         measured += ", the process with Python and its libraries"
     try:
         plan = plan_memory(config, vocab_size)

@@ -197,10 +197,14 @@ def watch_update(model: nn.Module, optimizer: ProjectedOptimizer, p: Tensor, ref
 
     optimizer.refresh_due = lambda p: refresh  # type: ignore[method-assign]
     optimizer._check_complete = lambda: None  # type: ignore[method-assign]  # the others have no gradient here
-    # It has moments for a refresh to move, and a basis to start from.
-    optimizer._steps[p] = optimizer._timetable.refreshes[p] = 1
     arriving, finishing = Traffic(), Traffic()
     with _few_parts():
+        if is_spread(p):  # DTensor tries an operation that it meets for the first time on tensors of the whole
+            with LiveBytes([]):
+                for work in (arrive, optimizer.prepare, optimizer.step, optimizer.zero_grad):
+                    work()
+        # It has moments for a refresh to move, and a basis to start from.
+        optimizer._steps[p] = optimizer._timetable.refreshes[p] = 1
         with arriving, live:
             first = most(arrive)
             waiting = live.now

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -224,6 +226,18 @@ def test_nothing_is_left_behind() -> None:
         pass
 
 
+def test_the_first_plan_of_a_process_is_as_the_next() -> None:
+    """In a process of its own: DTensor keeps what it has tried once."""
+    code = (
+        "from test_cluster import make_config, plan_of; "
+        "print(*(plan_of(make_config(2, 1, gradients='project'))[0].peak for _ in range(2)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert found.returncode == 0, found.stderr
+    first, second = found.stdout.split()
+    assert first == second
+
+
 def test_storages_that_are_resized_are_counted() -> None:
     X = torch.empty(100)
     with LiveBytes([X]) as live:
@@ -276,6 +290,23 @@ def test_a_recipe_of_several_processes(tmp_path: Path, capsys: pytest.CaptureFix
     assert (found["parallel"]["shard"], found["micro_batch"], found["accumulation"]) == (2, 2, 2)
     found = json_of(capsys, "plan", "--config", str(recipe), "--gpus-per-node", "4", "--shard", "1")
     assert (found["parallel"]["replicate"], found["accumulation"]) == (4, 2)
+
+
+def test_a_recipe_on_other_processes_is_what_they_would_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {name: llama-2m}\ndata: {seq_len: 64}\noptim: {rank: 32}\nrun: {batch_size: 16, micro_batch: 4}\n"
+    )
+    words = ["plan", "--config", str(recipe), "--shard", "2"]
+    found = [json_of(capsys, *words, *more) for more in ([], ["--micro-batch", "2"], ["--accumulation", "1"])]
+    assert [(row["micro_batch"], row["accumulation"]) for row in found] == [(4, 2), (2, 4), (4, 1)]
+
+
+def test_nodes_without_their_gpus_have_those_that_share_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*WORDS, "--nodes", "2", "--shard", "2") == 0
+    assert capsys.readouterr().out.startswith("4 processes on 2 nodes: 2 parts, 2 copies; of each process:")
 
 
 def test_the_largest_model_of_a_budget(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

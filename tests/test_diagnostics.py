@@ -166,7 +166,7 @@ def test_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_run_without_diagnostics_cannot_be_drawn(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n7\n')
     with pytest.raises(ValueError, match=r"says nothing of refreshes: train with --run.diagnostics true"):
         draw_refreshes(tmp_path, tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"is no run folder"):

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from test_cli import run, tiny_words
-from tiny import SIZES
+from tiny import SIZES, tiny_config, write_tokenizer
 from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import GPT2Config
 
 from subspan import cli, simulation
 from subspan.budget import Space, parse_size, search
@@ -24,7 +25,7 @@ from subspan.memory import peak_memory
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.presets import FULL_RANK, PRESETS
 from subspan.optim.quant import quantize
-from subspan.plan import Planner, plan_memory, with_preset
+from subspan.plan import Planner, plan_memory, planned_and_measured, with_preset
 from subspan.report.figures import compare_methods
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from subspan.training.models import build_model
@@ -477,6 +478,36 @@ def test_every_preset_is_planned_from_any_recipe(tmp_path: Path) -> None:
             optim = cli.plan_config(arguments)[0].optim
             of_bases = None if arguments.preset in FULL_RANK else moments
             assert optim == OptimConfig(arguments.preset, rank=optim.rank, moments=of_bases)  # nothing of another one's
+
+
+def test_the_vocabulary_is_that_of_the_run(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "words", special=False)
+    recipe, rows = tmp_path / "recipe.yaml", []
+    parser, _ = cli._parsers()
+    for model, data, words in (
+        ("", "vocab_size: 600", []),
+        ("", f"tokenizer: {tmp_path / 'words'}", []),
+        ("overrides: {vocab_size: 700}", "vocab_size: 600", []),
+        ("overrides: {vocab_size: 700}", "vocab_size: 600", ["--vocab-size", "800"]),
+        ("overrides: {vocab_size: 700}", f"tokenizer: {tmp_path / 'words'}", ["--vocab-size", "800"]),
+    ):
+        recipe.write_text(f"model:\n  name: llama-2m\n  {model}\ndata:\n  {data}\n")
+        config, vocab_size = cli.plan_config(parser.parse_args(["plan", "--config", str(recipe), *words]).plan)
+        rows.append(config.model.overrides.get("vocab_size") or vocab_size)
+    assert rows == [600, len(tokenizer), 700, 800, 800]
+    config, vocab_size = cli.plan_config(parser.parse_args(["plan", "--model", "llama-2m"]).plan)
+    assert config.data.vocab_size == vocab_size == 32000  # so that the command of the page trains what was planned
+    GPT2Config(vocab_size=600, n_layer=1, n_embd=16, n_head=2).save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match=r"vocab_size=800: .* has its own"):
+        cli.plan_config(parser.parse_args(["plan", "--model", str(tmp_path / "own"), "--vocab-size", "800"]).plan)
+
+
+def test_a_peak_on_a_gpu_is_one_of_tensors(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    words = [
+        planned_and_measured(config, 300, 2**30, device)[1] for device in ("NVIDIA H100 80GB HBM3", "cpu, 2 threads")
+    ]
+    assert [text.endswith("Python and its libraries") for text in words] == [False, True]
 
 
 def test_json_in_both_spellings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from tiny import tiny_config
 from subspan import cli
 from subspan.diagnostics import FIELDS
 from subspan.plan import Planner
-from subspan.report.page import report_page
+from subspan.report.page import _in_common, report_page
 from subspan.report.runs import POINTS, command_of, drift, durations, read_runs, smooth, thin
 from subspan.report.tables import facts_of
 from subspan.training.config import save_config
@@ -376,6 +376,20 @@ def test_commands_make_the_same_configuration(tmp_path: Path) -> None:
     for optim in ({"rank": 4}, {"rank": 4, "scale": 2.0}, {"rank": 8, "scale": 4.0}):  # 2 is what rank 8 has by itself
         tuning.optim = FinetuneOptimConfig(**optim)
         assert cli.parse_finetune(shlex.split(command_of(tuning).replace("\\\n", ""))[1:]) == tuning
+
+
+def test_runs_that_are_called_seeds_are_runs(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_run(tmp_path / f"seed_{seed}", seed=seed)
+    runs = read_runs([tmp_path])
+    assert [run.status for run in runs] == ["finished", "finished"]
+    assert all(run.config for run in runs)
+
+
+def test_what_one_run_does_not_say_is_not_said_of_all(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", finished=True), write_run(tmp_path / "b", finished=False)]
+    subtitles = [_in_common(read_runs(part)) for part in (runs[:1], runs)]
+    assert ["cpu, 2 threads" in text for text in subtitles] == [True, False]
 
 
 def test_refreshes_go_into_columns(tmp_path: Path) -> None:

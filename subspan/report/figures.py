@@ -113,11 +113,11 @@ def draw_refreshes(run: Path, path: Path) -> None:
     metrics = run / "metrics.jsonl"
     if not metrics.is_file():
         raise ValueError(f"{run} is no run folder, it has no metrics.jsonl: name the run.out of a training run")
-    found = []
+    found: list[Any] = []
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError):  # the last line of a run that was killed
             row = json.loads(line)
-            found += [row] if "refreshes" in row else []
+            found += [row] if isinstance(row, dict) and isinstance(row.get("refreshes"), list) else []
     if not found:
         raise ValueError(f"{metrics} says nothing of refreshes: train with --run.diagnostics true")
     series: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))

@@ -39,7 +39,6 @@ from subspan.report.tables import (
 )
 from subspan.training.config import TrainConfig
 from subspan.training.finetune_config import FinetuneConfig
-from subspan.training.models import LLAMA
 
 ENDINGS = (".html", ".htm")
 
@@ -239,8 +238,10 @@ def plan_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for i, run in enumerate(runs):
         bars = []
         if isinstance(run.config, TrainConfig):
-            vocab_size = _vocab_size(run)
             try:
+                from subspan.training.text import vocabulary  # which a page of finished runs can do without
+
+                vocab_size = vocabulary(run.config)
                 with pretended(run.config.parallel):
                     # One that has pretended to be of several processes ends with that.
                     planner = Planner(vocab_size) if run.config.parallel.count > 1 else planners.get(vocab_size)
@@ -264,13 +265,6 @@ def _bar(label: str, parts: Mapping[str, float], total: float | None = None) -> 
     return {"label": label, "parts": dict(parts), "total": sum(parts.values()) if total is None else total}
 
 
-def _vocab_size(run: Run) -> int | None:
-    """Rows of the embedding where the run made its own tokenizer; None: the model has its own."""
-    config = run.config
-    assert isinstance(config, TrainConfig)
-    return config.data.vocab_size if config.model.name in LLAMA and config.data.tokenizer is None else None
-
-
 def _cards_in_words(totals: Sequence[float]) -> str:
     most = max(totals, default=0)
     fits = min((size for size in CARDS if most <= size * GIB - CARD_RESERVE), default=None)
@@ -284,7 +278,7 @@ def _cards_in_words(totals: Sequence[float]) -> str:
 
 
 def _in_common(runs: Sequence[Run]) -> str:
-    """Model, parameters and device where all runs have the same ones."""
+    """Model, parameters and device where all runs have the same ones, and say so."""
     configs = [run.config for run in runs if run.config]
     facts = [
         [config.model.name for config in configs],
@@ -292,7 +286,7 @@ def _in_common(runs: Sequence[Run]) -> str:
         [method(config) for config in configs] if len(runs) == 1 else [],
         [str(device) for run in runs if (device := run.summary.get("device"))],
     ]
-    return " \u00b7 ".join(values[0] for values in facts if len({*values}) == 1)
+    return " \u00b7 ".join(values[0] for values in facts if len(values) == len(runs) and len({*values}) == 1)
 
 
 def _described(run: Run) -> dict[str, Any]:

@@ -90,7 +90,8 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
                 f"run={given!r} is no run folder, it has none of {', '.join(FILES)}: name the run.out of a training run"
             )
         seeds.sort(key=lambda path: (len(path.name), path.name))
-        found |= dict.fromkeys(seeds or [folder], folder)
+        # Of a fine-tuning the config is above the seeds; runs may be called seed_1 as well.
+        found |= {run: run if (run / "config.yaml").is_file() else folder for run in seeds or [folder]}
     return [_read(name, *paths) for name, paths in zip(_names(found), found.items(), strict=True)]
 
 

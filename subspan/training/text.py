@@ -133,6 +133,16 @@ def tokenizer_name(config: TrainConfig) -> str | None:
     return config.data.tokenizer or (None if config.model.name in LLAMA else config.model.name)
 
 
+def vocabulary(config: TrainConfig) -> int | None:
+    """Rows of the embedding of a `llama-*` size; None where the configuration of the model says it. No text is read: a tokenizer
+    that the run will make of it is taken to have all of `data.vocab_size` pieces."""
+    if config.model.name not in LLAMA or "vocab_size" in config.model.overrides:
+        return None
+    if config.data.tokenizer is None:
+        return config.data.vocab_size
+    return len(get_tokenizer(config.data.tokenizer, vocab_size=0, corpus=None, cache_dir=Path()))
+
+
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """ValueError unless every piece that text can hold has an embedding: special tokens such as T5's sentinels need none."""
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
