@@ -301,15 +301,15 @@ class Planner:
         about = [dataclasses.asdict(wanted), config.int8_weights, config.data.seq_len, adapters, parts]
         key = json.dumps(about, default=str)
         if key not in self._models:
+            # The only one with L x L numbers in memory; those of a GPU's packages take what sdpa does.
+            eager = "eager" if wanted.attn_implementation == "eager" else None
             model: nn.Module = build_model(
                 wanted.name,
                 vocab_size=self.vocab_size,
                 seq_len=config.data.seq_len,
                 dtype=wanted.dtype,
                 overrides=wanted.overrides,
-                attn_implementation="eager"
-                if wanted.attn_implementation == "eager"
-                else None,  # the only one with L x L in memory
+                attn_implementation=eager,
                 device="meta",
                 int8=config.int8_weights,
             )
