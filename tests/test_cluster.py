@@ -27,7 +27,7 @@ from subspan.traffic import Payload, Traffic
 from subspan.training.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from subspan.training.models import LLAMA, build_model
 from subspan.training.optimizers import build_optimizer, groups_of
-from subspan.training.processes import Processes, make_mesh, shard_model
+from subspan.training.processes import Processes, leave_group, make_mesh, shard_model
 
 SHAPE = {
     "hidden_size": 64,
@@ -117,7 +117,7 @@ def worker(rank: int, store: str, file: str) -> None:
     found = [measured(*case[:3], OPTIMS[case[3]]) for case in CASES]
     if rank == 0:
         Path(file).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")

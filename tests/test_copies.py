@@ -19,6 +19,7 @@ from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.projectors import SVD, RandomizedSVD
 from subspan.optim.refresh import Refresh
 from subspan.optim.rules import Adam, Muon
+from subspan.training.processes import leave_group
 
 COUNT, STEPS, MICRO_BATCHES, TOKENS, HIDDEN = 2, 6, 2, 256, 64
 
@@ -144,7 +145,7 @@ def worker(rank: int, file: str) -> None:
     check_a_tied_weight()
     check_what_is_refused()
     torch.save({case: fit(case, rank, COUNT) for case in (*CASES, NEVER_WAITS)}, f"{file}.{rank}")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")

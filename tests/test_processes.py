@@ -19,6 +19,7 @@ from tiny import tiny_config, write_text
 from subspan.cli import parse_train
 from subspan.training import trainer
 from subspan.training.config import ParallelConfig, RunConfig, TrainConfig
+from subspan.training.processes import leave_group
 from subspan.training.resume import Stopped
 from subspan.training.trainer import train
 
@@ -70,7 +71,7 @@ def worker(rank: int, port: int, configs: list[TrainConfig], last: int | None) -
             else:
                 with pytest.raises(Stopped):
                     train(config)
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 def together(configs: list[TrainConfig], last: int | None = None) -> None:

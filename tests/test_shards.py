@@ -23,6 +23,7 @@ from subspan.optim.projectors import SVD, Random, RandomizedSVD
 from subspan.optim.refresh import Refresh
 from subspan.optim.rules import Adafactor, Adam, ColumnNorm, Lion, Muon, SGDMomentum, orthogonalize
 from subspan.optim.shards import Shards
+from subspan.training.processes import leave_group
 
 RANK, GAP, STEPS = 32, 2, 6  # three refreshes
 HIDDEN, WIDE = 64, 132  # WIDE / 4 = 33 columns a process
@@ -154,7 +155,7 @@ def worker(rank: int, count: int, file: str, layouts: dict[int, list[tuple[str, 
     }
     if rank == 0:
         torch.save(found, f"{file}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def together(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -53,7 +55,7 @@ class Processes:
 
     def leave(self) -> None:
         if self._joined:
-            dist.destroy_process_group()
+            leave_group()
 
     def device(self, device: torch.device) -> torch.device:
         """This process' own of several accelerators; a CPU is shared."""
@@ -184,6 +186,14 @@ def _join() -> None:
     if os.environ.get("LOCAL_WORLD_SIZE") == str(count):
         store = PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(store=store, rank=rank, world_size=count)
+
+
+def leave_group() -> None:
+    """destroy_process_group, and a moment for gloo's threads, which live on while a device mesh does: they let go of tensors a
+    little after a collective is over, and one that does so while Python shuts down aborts the process."""
+    dist.destroy_process_group()
+    gc.collect()  # meshes in circles: without them the threads end here
+    time.sleep(0.2)
 
 
 @dataclass(frozen=True)
