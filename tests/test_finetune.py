@@ -316,7 +316,9 @@ def test_a_signal_in_the_last_evaluation_ends_it_before_the_next_seed(
 def test_a_model_that_cannot_be_written_leaves_its_result(
     tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(model: Any, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{")
         raise OSError(28, "No space left on device")
 
     config = configure(tmp_path, encoder, run={"epochs": 1, "export": True})

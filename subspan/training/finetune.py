@@ -249,6 +249,7 @@ def _one_seed(
             save_pretrained(model, folder / "model")
             tokenizer.save_pretrained(folder / "model")
         except (OSError, require("safetensors", "train").SafetensorError) as error:  # a full disk, most of the time
+            shutil.rmtree(folder / "model", ignore_errors=True)  # a part of a model would pass for one
             raise OSError(
                 f"the trained model could not be written to {folder / 'model'} ({error}): make room, and for another try "
                 f"remove {folder}, its result of {task.metrics[0]} {result['last'][task.metrics[0]]:.4f} with it"
