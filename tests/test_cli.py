@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import SIZES, tiny_config, write_text
 
-from subspan import cli
+from subspan import cli, options
 from subspan.training.config import load_config, make_config, save_config
 from subspan.training.runlog import describe_summary
 from subspan.training.trainer import train
@@ -51,7 +51,7 @@ def test_train_takes_a_recipe_and_options_that_win_over_it(tmp_path: Path, capsy
 
 
 def test_what_follows_from_the_preset_follows_the_command_line() -> None:
-    optim = cli.parse_train(["train", "--optim.preset", "apollo"]).optim
+    optim = options.parse_train(["train", "--optim.preset", "apollo"]).optim
     assert (optim.scale, optim.gradients) == (1.0, "hold")
 
 
@@ -84,7 +84,7 @@ def test_the_proposed_comparison_is_a_command(tmp_path: Path, sections: dict[str
     known = {"valid_loss": 1.0, "perplexity": 1.0, "first_loss": 1.0, "tokens": 1, "seconds": 1}
     shown = describe_summary({**known, "bytes": sizes, "config": dataclasses.asdict(config)})
     (words,) = re.findall(r"try next .*: subspan (.*)", shown)
-    optim = cli.parse_train(shlex.split(words)).optim
+    optim = options.parse_train(shlex.split(words)).optim
     assert optim.preset == ("galore" if config.optim.preset in ("adamw", "subspan") else "adamw")
     assert (optim.scale, optim.gradients) == (0.25, "update" if config.optim.gradients == "update" else "project")
 
@@ -94,20 +94,21 @@ def test_what_follows_from_preset_and_rank_does_so_from_a_runs_file_too(tmp_path
         ("galore", "apollo_mini", (128**0.5, "hold")),
         ("apollo_mini", "galore", (0.25, "project")),
     ):
-        save_config(cli.parse_train(["train", "--optim.preset", preset]), tmp_path / "config.yaml")
-        optim = cli.parse_train(["train", "--config", f"{tmp_path}/config.yaml", "--optim.preset", other]).optim
+        save_config(options.parse_train(["train", "--optim.preset", preset]), tmp_path / "config.yaml")
+        optim = options.parse_train(["train", "--config", f"{tmp_path}/config.yaml", "--optim.preset", other]).optim
         assert (optim.scale, optim.gradients) == pytest.approx(filled, abs=0) or (
             optim.scale,
             optim.gradients,
         ) == filled
     words = ["finetune", "--data.folder", "glue", "--data.task", "cola"]
-    save_config(cli.parse_finetune([*words, "--optim.rank", "4"]), tmp_path / "config.yaml")
+    save_config(options.parse_finetune([*words, "--optim.rank", "4"]), tmp_path / "config.yaml")
     for rank, scale in (("4", 4.0), ("8", 2.0)):
-        made = cli.parse_finetune(["finetune", "--config", f"{tmp_path}/config.yaml", "--optim.rank", rank])
+        made = options.parse_finetune(["finetune", "--config", f"{tmp_path}/config.yaml", "--optim.rank", rank])
         assert made.optim.scale == scale
-    save_config(cli.parse_train(["train", "--optim.scale", "0.5"]), tmp_path / "config.yaml")
+    save_config(options.parse_train(["train", "--optim.scale", "0.5"]), tmp_path / "config.yaml")
     assert (
-        cli.parse_train(["train", "--config", f"{tmp_path}/config.yaml", "--optim.preset", "fira"]).optim.scale == 0.5
+        options.parse_train(["train", "--config", f"{tmp_path}/config.yaml", "--optim.preset", "fira"]).optim.scale
+        == 0.5
     )
 
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import subspan
-from subspan import cli
+from subspan import options
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -188,19 +188,19 @@ def check_command(words: list[str]) -> None:
 
 def check_subspan(argv: list[str]) -> None:
     if argv[0] == "train":
-        cli.parse_train(argv)
+        options.parse_train(argv)
     elif argv[0] == "finetune":
-        cli.parse_finetune(argv)
+        options.parse_finetune(argv)
     else:
-        arguments = cli._parsers()[0].parse_args(argv)
+        arguments = options.parsers()[0].parse_args(argv)
         if argv[0] == "plan":
-            cli.plan_config(arguments.plan)
+            options.plan_config(arguments.plan)
 
 
 def test_commands_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder with recipes, and the run that a page has started before it goes on with it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_parsers", functools.cache(cli._parsers))  # half a second each time
+    monkeypatch.setattr(options, "parsers", functools.cache(options.parsers))  # half a second each time
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "runs/cola").mkdir(parents=True)
     (tmp_path / "runs/cola/config.yaml").write_text("model: {name: FacebookAI/roberta-base}\ndata: {task: cola}\n")

@@ -28,7 +28,8 @@ from transformers import (
 )
 
 import subspan
-from subspan.cli import main, parse_finetune
+from subspan.cli import main
+from subspan.options import parse_finetune
 from subspan.training import finetune as module
 from subspan.training.classifier import build_classifier, load_tokenizer
 from subspan.training.config import SECTIONS

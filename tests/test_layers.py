@@ -59,6 +59,7 @@ LAYERS = {
     "budget": 5,
     "cluster": 5,
     "cli": 5,
+    "options": 5,
     "compat": 5,
     "distributed": 5,
     "doctor": 4,
@@ -71,7 +72,7 @@ LAYERS = {
 # Presets are the optimizer with a rule; the optimizer, cut in two for length, reads groups and owns its hooks, which know its
 # type, and both go through weights by update's parts, which sweep does the arithmetic of; shards say which part of a parameter is
 # here; data and corpus, trainer, text and resume are one module each, cut for length, as are finetune, classifier and tasks; a
-# checkpoint asks memory whether a copy fits.
+# checkpoint asks memory whether a copy fits; the command is its options and what they start.
 SIBLINGS = {
     ("optim.presets", "optim.optimizer"),
     ("optim.optimizer", "optim.groups"),
@@ -121,6 +122,8 @@ SIBLINGS = {
     ("training.checkpoint", "training.processes"),
     ("plan", "training.trainer"),
     ("plan", "training.processes"),
+    ("cli", "options"),
+    ("options", "cluster"),
     ("cli", "budget"),
     ("cli", "cluster"),
     ("cli", "report.figures"),

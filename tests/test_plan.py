@@ -18,7 +18,7 @@ from tiny import SIZES, tiny_config, write_tokenizer
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import GPT2Config
 
-from subspan import cli, simulation
+from subspan import options, simulation
 from subspan.budget import Space, parse_size, search
 from subspan.live import LiveBytes, workspace
 from subspan.memory import peak_memory
@@ -467,15 +467,15 @@ def test_the_command_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_preset_is_planned_from_any_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: {name: llama-2m}\noptim: {moments: transport, rank: 8}\nrun: {diagnostics: true}\n")
-    parser, _ = cli._parsers()
+    parser, _ = options.parsers()
     for words, presets in (
         (["--model", "llama-2m"], PRESETS),
         (["--config", str(recipe)], ("fira", "adamw", "subspan")),
     ):
         arguments = parser.parse_args(["plan", *words]).plan
-        moments = cli.plan_config(arguments)[0].optim.moments
+        moments = options.plan_config(arguments)[0].optim.moments
         for arguments.preset in presets:
-            optim = cli.plan_config(arguments)[0].optim
+            optim = options.plan_config(arguments)[0].optim
             of_bases = None if arguments.preset in FULL_RANK else moments
             assert optim == OptimConfig(arguments.preset, rank=optim.rank, moments=of_bases)  # nothing of another one's
 
@@ -483,7 +483,7 @@ def test_every_preset_is_planned_from_any_recipe(tmp_path: Path) -> None:
 def test_the_vocabulary_is_that_of_the_run(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "words", special=False)
     recipe, rows = tmp_path / "recipe.yaml", []
-    parser, _ = cli._parsers()
+    parser, _ = options.parsers()
     for model, data, words in (
         ("", "vocab_size: 600", []),
         ("", f"tokenizer: {tmp_path / 'words'}", []),
@@ -492,14 +492,14 @@ def test_the_vocabulary_is_that_of_the_run(tmp_path: Path) -> None:
         ("overrides: {vocab_size: 700}", f"tokenizer: {tmp_path / 'words'}", ["--vocab-size", "800"]),
     ):
         recipe.write_text(f"model:\n  name: llama-2m\n  {model}\ndata:\n  {data}\n")
-        config, vocab_size = cli.plan_config(parser.parse_args(["plan", "--config", str(recipe), *words]).plan)
+        config, vocab_size = options.plan_config(parser.parse_args(["plan", "--config", str(recipe), *words]).plan)
         rows.append(config.model.overrides.get("vocab_size") or vocab_size)
     assert rows == [600, len(tokenizer), 700, 800, 800]
-    config, vocab_size = cli.plan_config(parser.parse_args(["plan", "--model", "llama-2m"]).plan)
+    config, vocab_size = options.plan_config(parser.parse_args(["plan", "--model", "llama-2m"]).plan)
     assert config.data.vocab_size == vocab_size == 32000  # so that the command of the page trains what was planned
     GPT2Config(vocab_size=600, n_layer=1, n_embd=16, n_head=2).save_pretrained(tmp_path / "own")
     with pytest.raises(ValueError, match=r"vocab_size=800: .* has its own"):
-        cli.plan_config(parser.parse_args(["plan", "--model", str(tmp_path / "own"), "--vocab-size", "800"]).plan)
+        options.plan_config(parser.parse_args(["plan", "--model", str(tmp_path / "own"), "--vocab-size", "800"]).plan)
 
 
 def test_a_peak_on_a_gpu_is_one_of_tensors(tmp_path: Path) -> None:

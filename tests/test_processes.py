@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_config, write_text
 
-from subspan.cli import parse_train
+from subspan.options import parse_train
 from subspan.training import trainer
 from subspan.training.config import ParallelConfig, RunConfig, TrainConfig
 from subspan.training.processes import leave_group

@@ -4,8 +4,8 @@ import pytest
 import torch
 import yaml
 
-from subspan.cli import parse_finetune, parse_train
 from subspan.memory import count_memory
+from subspan.options import parse_finetune, parse_train
 from subspan.training.config import TrainConfig
 from subspan.training.models import build_model
 from subspan.training.optimizers import build_optimizer

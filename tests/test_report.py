@@ -19,7 +19,7 @@ import pytest
 from test_cli import run as subspan
 from tiny import tiny_config
 
-from subspan import cli
+from subspan import options
 from subspan.diagnostics import FIELDS
 from subspan.plan import Planner
 from subspan.report.page import _in_common, report_page
@@ -369,13 +369,13 @@ def test_a_run_that_went_on_after_its_summary_is_not_finished(tmp_path: Path) ->
 def test_commands_make_the_same_configuration(tmp_path: Path) -> None:
     optim = {"preset": "fira", "betas": [0.9, 0.95], "targets": ["q_proj", "it's"], "max_grad_norm": 1.0}
     config = tiny_config(tmp_path, optim=optim, run={"micro_batch": 2, "autocast": True, "eval_sequences": None})
-    assert cli.parse_train(shlex.split(command_of(config).replace("\\\n", ""))[1:]) == config
+    assert options.parse_train(shlex.split(command_of(config).replace("\\\n", ""))[1:]) == config
     tuning = FinetuneConfig(
         ClassifierConfig(name="a b"), TaskConfig(task="mrpc", columns=["a", "b"]), FinetuneOptimConfig(rank=4)
     )
     for optim in ({"rank": 4}, {"rank": 4, "scale": 2.0}, {"rank": 8, "scale": 4.0}):  # 2 is what rank 8 has by itself
         tuning.optim = FinetuneOptimConfig(**optim)
-        assert cli.parse_finetune(shlex.split(command_of(tuning).replace("\\\n", ""))[1:]) == tuning
+        assert options.parse_finetune(shlex.split(command_of(tuning).replace("\\\n", ""))[1:]) == tuning
 
 
 def test_runs_that_are_called_seeds_are_runs(tmp_path: Path) -> None:
