@@ -19,9 +19,10 @@ from subspan.training.config import Baseline, Preset
         ("galore8bit", 13_000_000_000, False, "lr 0.005, dense_lr 0.005, update_proj_gap 500: at 6.7 B"),
         ("adamw", 20_000_000, False, "lr 0.0005, dense_lr 0.01: at 8.4 M"),
         ("galore_lion", 1, False, "no rates of galore_lion have been measured yet: "),
-        ("lora", 20_000_000, False, "lr 0.003, dense_lr 0.03: at 1.7 M"),
+        ("lora", 20_000_000, False, "lr 0.001, dense_lr 0.03: at 8.4 M"),
+        ("lora", 20_000_000, True, "lr 0.003: at 134.5 M parameters (adapters alone"),
         ("adamw", 20_000_000, True, "lr 0.0001, dense_lr 0.0001: at 134.5 M"),
-        ("subspan", 1, True, "no rates of subspan have been measured yet for a pretrained model: "),
+        ("frugal", 1, True, "no rates of frugal have been measured yet for a pretrained model: "),
     ],
 )
 def test_the_nearest_size_is_named(method, parameters, pretrained, said):

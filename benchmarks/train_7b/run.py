@@ -53,7 +53,9 @@ class Row:
 ROWS = {
     "a": Row(),
     "a_plain": Row(checkpointing=False, steps=3),
-    "b": Row(gradients="project", micro_batches=8, rank=896, steps=2),  # 1024 would need 22.4 GiB before any leftovers
+    "b": Row(
+        gradients="project", micro_batches=8, rank=896, steps=2
+    ),  # the largest multiple of 128 below 22.5 GiB with all leftovers
     "c": Row(preset="qgalore", steps=2),
     "d": Row(preset="qgalore", proj_type="reverse_std", steps=1, overrides=WIDE | {"num_hidden_layers": 40}),
 }

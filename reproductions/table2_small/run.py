@@ -3,7 +3,7 @@
     python reproductions/table2_small/run.py 'TEXT/train/*.txt' TEXT/valid.txt
     python reproductions/table2_small/table.py
 
-Methods, runs and results are those of benchmarks/quality, whose rows are the small size: its search found the rates below.
+Methods, runs and results are those of benchmarks/quality, whose rows are the small size, with the rates below.
 `llama-9m`, five times larger, for which a search would take days, has them, the next lower one for matrices, and with the better
 of these the next lower one for the rest; the table shows the best of the three. What has a result is not run again.
 """
