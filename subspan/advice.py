@@ -21,7 +21,7 @@ class Start:
 _GRID = "best of a search, benchmarks/quality"
 _LONG = "better of a search's best two in a long run, benchmarks/quality"
 _FIRST = "best of a small search in fp32, reproductions/first_run"
-_PAIRS = "best of three pairs, reproductions/table2_small"
+_PAIRS = "best of two or three pairs, reproductions/table2_small"
 _TRIED = "good, but not searched, benchmarks/quality"
 _GALORE = (
     Start(8.4e6, 0.003, 0.01, _FIRST, 100),

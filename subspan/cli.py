@@ -230,10 +230,10 @@ def _plan(arguments: Any, config: TrainConfig, budget: int | None, planner: Any)
     else:
         print("\n\n".join(texts))
         published = config.model.name not in LLAMA and not arguments.config  # of a recipe it says so
-        pretrained = config.model.pretrained or published
-        print(
-            f"  start with            {advise(config.model.baseline or config.optim.preset, plan.parameters, pretrained)}"
-        )
+        preset, baseline = config.optim.preset, config.model.baseline
+        method = preset if baseline is None else baseline if preset.startswith("adamw") else f"{baseline} with {preset}"
+        advice = advise(method, plan.parameters, config.model.pretrained or published)
+        print(f"  start with            {advice}")
     if arguments.figure:
         draw_plans(compare_methods(config, planner), Path(arguments.figure), config)
     if arguments.html:

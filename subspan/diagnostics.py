@@ -101,15 +101,17 @@ class Diagnostics:
         side = pick_side(X.shape, group["proj_type"])
         A = orient(X, side)
         R, r = project(A, new), new.shape[-1]
-        angles = torch.linalg.svdvals(new.mT @ old).clamp(max=1.0).acos() * (180 / math.pi)
+        energy = A.square().sum((-2, -1))
+        seen = energy > 0  # an expert without tokens has nothing to say, and the basis that it had
+        angles = torch.linalg.svdvals(new.mT @ old)[seen].clamp(max=1.0).acos() * (180 / math.pi)
         row = {
             "stale": captured_energy(A, old),
             "captured": captured_energy(A, new),
             "overlap": overlap(new, old),
-            "median_angle": angles.median(),
-            "largest_angle": angles.max(),
+            "median_angle": angles.median().expand_as(seen),
+            "largest_angle": angles.max().expand_as(seen),
             # Its largest singular value is that of its projection, as far as the basis holds the leading direction.
-            "stable_rank": _stable_rank(R, A.square().sum((-2, -1))),
+            "stable_rank": _stable_rank(R, energy),
             "basis_error": _norm(new.mT @ new - torch.eye(r, device=new.device)) / math.sqrt(r),
         }
         error = self._state_error(p, group, R, G.dtype)
@@ -123,7 +125,7 @@ class Diagnostics:
             D = orient(as_matrix(W * keep - _values(p), group), side)
             if bool(D.any()):  # not with a learning rate of 0
                 row["outside"] = (1 - captured_energy(D, new)).clamp_min(0)
-        return {key: float(value.mean()) for key, value in row.items()}
+        return {key: float(value[seen].mean()) for key, value in row.items()}
 
     def _state_error(self, p: Tensor, group: dict[str, Any], R: Tensor, dtype: torch.dtype) -> Tensor | None:
         """`state_error` in `FIELDS`, R being of a gradient of `dtype`; None where storing loses nothing."""

@@ -139,6 +139,28 @@ def test_a_refresh_that_finds_no_basis_has_no_row():
     assert diagnostics.after() == []
 
 
+def test_experts_without_tokens_are_left_out():
+    """A row of a stack with an idle expert is that of the others alone."""
+    rows = []
+    for experts in (2, 3):
+        model = nn.Module()
+        model.stack = nn.Parameter(drawn((3, 24, 40), 0)[:experts].clone())
+        group = {"params": [model.stack], "rank": 6, "update_proj_gap": 1, "view": "batch"}
+        optimizer = subspan.GaLoreAdamW([group], projector=subspan.SVD(), state_dtype=torch.bfloat16)
+        diagnostics = Diagnostics(optimizer, model)
+        for step in range(2):
+            model.stack.grad = drawn((3, 24, 40), step + 1)[:experts].clone()
+            model.stack.grad[2:] = 0
+            diagnostics.before()
+            optimizer.step()
+            (row,) = diagnostics.after()
+        rows.append(row)
+    assert rows[0].keys() == rows[1].keys()
+    assert {key: value for key, value in rows[1].items() if key != "name"} == pytest.approx(
+        {key: value for key, value in rows[0].items() if key != "name"}, rel=1e-3
+    )
+
+
 def test_update_mode_is_refused():
     model = nn.Linear(8, 8)
     optimizer = subspan.GaLoreAdamW([{"params": [model.weight], "rank": 2}], gradients="update")

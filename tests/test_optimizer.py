@@ -599,6 +599,20 @@ def test_an_expert_without_tokens_keeps_its_basis(projector):
     assert not after[0].equal(before[0])
 
 
+def test_an_expert_without_tokens_says_nothing_of_how_far_bases_turn():
+    """Its overlap is 1; T would grow while those of the others turn."""
+    torch.manual_seed(0)
+    stacked = nn.Parameter(torch.randn(4, 24, 40))
+    settings = group(stacked, view="batch", update_proj_gap=1, rank=4)
+    optimizer = subspan.GaLoreAdamW([settings], projector=subspan.SVD(), refresh=subspan.Refresh(adaptive=0.5))
+    for _ in range(4):
+        stacked.grad = torch.randn(4, 24, 40)
+        stacked.grad[1:] = 0
+        optimizer.step()
+    assert optimizer.state[stacked]["stretch"] == 1
+    assert optimizer.state[stacked]["refreshes"] == 4
+
+
 def test_moments_of_fp64_are_transported():
     p = nn.Parameter(torch.randn(6, 8, dtype=torch.float64))
     optimizer = subspan.GaLoreAdamW([group(p, update_proj_gap=1)], refresh=subspan.Refresh(moments="transport"))
@@ -714,6 +728,12 @@ def test_a_rule_that_would_step_nothing_is_refused():
     """muon(model.parameters()) would be AdamW with Muon's learning rate."""
     with pytest.raises(ValueError, match="rule=Muon would step nothing"):
         presets.muon(nn.Linear(8, 6).parameters())
+
+
+@pytest.mark.parametrize("preset", ["fira", "frugal", "apollo", "apollo_mini"])
+def test_a_combine_that_would_do_nothing_is_refused(preset):
+    with pytest.raises(ValueError, match=r"no group has a rank, so combine=\w+ would do nothing"):
+        presets.PRESETS[preset](nn.Linear(8, 6).parameters())
 
 
 def test_names_in_another_order_are_refused():

@@ -527,6 +527,18 @@ def test_json_in_both_spellings(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["peak"] == max(phase["total"] for phase in plan["phases"].values())
 
 
+@pytest.mark.parametrize(
+    ("preset", "said"), [("adamw", "lr 0.003, dense_lr 0.03"), ("muon", "no rates of lora with muon")]
+)
+def test_adapters_are_advised_with_the_optimizer_that_was_measured(
+    preset: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = {"model": {"name": "llama-2m", "baseline": "lora"}, "optim": {"preset": preset, "rank": 8}}
+    (tmp_path / "lora.yaml").write_text(json.dumps(recipe))
+    assert run("plan", "--config", str(tmp_path / "lora.yaml"), "--vocab-size", "300", "--seq-len", "8") == 0
+    assert f"  start with            {said}" in capsys.readouterr().out
+
+
 def test_a_budget_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*SMALL, "--budget", "90MiB", "--preset", "galore8bit", "--rank", "32", "--micro-batch", "4"]
     assert run(*words) == 0

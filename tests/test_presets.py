@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import subspan
-from subspan.optim.presets import FULL_RANK, PRESETS, SCALES
+from subspan.optim.presets import FULL_RANK, PRESETS
 from subspan.optim.projectors import SVD, Random, SubspaceIteration
 from subspan.optim.rules import Adafactor, Adam, ColumnNorm, Lion, Muon, SGDMomentum, SignSGD
 from subspan.training.config import OptimConfig
@@ -68,10 +68,10 @@ def test_what_a_preset_is_made_of(preset: str) -> None:
 
 
 def test_scales_of_presets() -> None:
-    assert {"frugal": 1.0, "apollo": 1.0, "apollo_mini": math.sqrt(128)} == SCALES
-    for preset in ("galore", *SCALES):
-        scale = OptimConfig(preset=preset).scale  # type: ignore[arg-type]
-        assert scale == groups_of(net(), OptimConfig(preset=preset, rank=2))[0]["scale"] == SCALES.get(preset, 0.25)  # type: ignore[arg-type]
+    published = {"galore": 0.25, "fira": 0.25, "frugal": 1.0, "apollo": 1.0, "apollo_mini": math.sqrt(128)}
+    for preset, scale in published.items():
+        assert groups_of(net(), OptimConfig(preset=preset, rank=1))[0]["scale"] == scale  # type: ignore[arg-type]
+    assert OptimConfig(preset="apollo_mini", rank=128).scale == 1.0  # steps of one size at every rank
 
 
 def test_every_field_of_a_configuration_reaches_the_optimizer() -> None:

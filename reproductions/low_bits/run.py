@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import nn
 
+from subspan.optim.optimizer import ProjectedOptimizer
+from subspan.optim.projectors import SubspaceIteration
 from subspan.training.config import TrainConfig, load_config
 from subspan.training.optimizers import build_optimizer
 from subspan.training.trainer import train
@@ -69,7 +71,10 @@ def configure(row: str, train_files: list[str], valid: str, out: Path) -> TrainC
 def one_run(row: str, config: TrainConfig) -> dict[str, Any]:
     def builder(model: nn.Module, config: TrainConfig) -> Any:
         model.compile()  # in place: about a fifth faster on a CPU, for every row alike
-        return build_optimizer(model, config)
+        optimizer = build_optimizer(model, config)
+        if isinstance(optimizer, ProjectedOptimizer):
+            optimizer.projector = SubspaceIteration(n_iter=2)  # what the committed rows were run with
+        return optimizer
 
     summary = train(config, builder)
     kept = (

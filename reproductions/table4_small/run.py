@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import random
 import sys
 from pathlib import Path
@@ -116,7 +117,9 @@ def prepare(tasks: Path, task: str, out: Path) -> dict[str, str]:
     files = {}
     for name, rows in (("train", part), ("search_train", part[:cut]), ("search_valid", part[cut:])):
         files[name] = str(out / f"{name}.jsonl")
-        Path(files[name]).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        new = out / f"{name}.{os.getpid()}.new"  # another process may be reading the rows
+        new.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        new.replace(files[name])
     valid = next(path for name in VALID_NAMES if (path := folder / f"{name}.jsonl").is_file())
     return {**files, "valid": str(valid)}
 

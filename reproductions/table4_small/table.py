@@ -24,8 +24,10 @@ def of(results: list[dict[str, Any]], method: str, task: str, search: bool) -> l
         return [r for r in own if r["method"] == method and r["seed"] == SEARCH_SEED]
     rate = METHODS[method].rate
     tried = of(results, rate if isinstance(rate, str) else method, task, True)
-    found = rates(max(tried, key=score)) if tried else None
-    return [r for r in own if r["method"] == method and r["seed"] != SEARCH_SEED and rates(r) == found]
+    found = [
+        rates(r) for r in tried if score(r) == max(map(score, tried))
+    ]  # more than one on a tie; runs are of one of them
+    return [r for r in own if r["method"] == method and r["seed"] != SEARCH_SEED and rates(r) in found]
 
 
 def rates(result: dict[str, Any]) -> tuple[float, float]:

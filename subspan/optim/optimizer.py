@@ -526,8 +526,11 @@ class ProjectedOptimizer(StatefulOptimizer):
                 new = torch.where((most > 0)[..., None, None], new, old.to(new.dtype))
             same = None
             if self.refresh.needs_overlap:
-                overlaps = overlap(old, new)
-                same = float(batch.mean(overlaps) if batch else overlaps.mean())
+                overlaps, live = (
+                    overlap(old, new),
+                    most > 0,
+                )  # a basis that was kept says nothing of how far others turned
+                same = float(batch.mean(overlaps, live) if batch else overlaps[live].mean())
             if self._steps[p]:
                 self._move_moments(group, p, new, old, same)
             write_basis(state, new)

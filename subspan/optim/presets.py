@@ -213,5 +213,11 @@ FULL_RANK = ("adamw", "adamw8bit", "adafactor", "muon", "subspan", "sign_sgd", "
 FULL_GRADIENT = ("fira", "frugal", "apollo", "apollo_mini")
 """The presets that need the full gradient of what they project: not with gradients="project"."""
 
-SCALES = {"frugal": 1.0, "apollo": 1.0, "apollo_mini": math.sqrt(128)}
+SCALES = {"frugal": 1.0, "apollo": 1.0}
 """The `scale` of their papers, where it is not GaLore's 0.25."""
+
+
+def scale_of(preset: str, rank: int, usual: float) -> float:
+    """The `scale` of the preset's paper, `usual` for GaLore's. APOLLO-Mini's is sqrt(128) at its rank of 1; ||U|| / ||R||
+    grows with the square root of the rank, so at another rank steps of the same size want sqrt(128 / rank)."""
+    return math.sqrt(128 / rank) if preset == "apollo_mini" else SCALES.get(preset, usual)

@@ -84,11 +84,11 @@ class Shards:
                 state[key] = self.join(state[key], dim, X.shape[dim])
         return state
 
-    def mean(self, X: Tensor) -> Tensor:
-        """The mean of X (b,) over all matrices of a batch."""
-        total = X.sum()
-        dist.all_reduce(total, group=self.mesh.get_group(self.dim))
-        return total / self.size
+    def mean(self, X: Tensor, of: Tensor) -> Tensor:
+        """The mean of X (b,) over the matrices of a batch for which `of` (b,), bool, is True; there is one."""
+        sums = torch.stack([X[of].sum(), of.sum().to(X.dtype)])
+        dist.all_reduce(sums, group=self.mesh.get_group(self.dim))
+        return sums[0] / sums[1]
 
     def mine_of(self, Q: Tensor) -> Tensor:
         """Rows of a basis Q (..., d, r) that belong to this process' rows of A."""

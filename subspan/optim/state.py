@@ -95,6 +95,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 f"no group has a rank or full_rank=True, so rule={type(rule).__name__} would step nothing: give the groups of "
                 "param_groups(model, rank=None)"
             )
+        if combine is not None and not any("rank" in group for group in self.param_groups):
+            raise ValueError(
+                f"no group has a rank, so combine={type(combine).__name__} would do nothing: give the groups of "
+                "param_groups(model, rank=...)"
+            )
         self._timetable.stagger(list(self._index), self._gap)
         self._built = True
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from subspan.checks import check_choice, check_number, check_used, check_whole
 from subspan.extras import require
 from subspan.optim.backward import Gradients
-from subspan.optim.presets import FULL_GRADIENT, FULL_RANK, SCALES
+from subspan.optim.presets import FULL_GRADIENT, FULL_RANK, scale_of
 from subspan.optim.refresh import Moments
 
 Baseline = Literal["lora", "relora", "factorized"]
@@ -186,7 +186,7 @@ class OptimConfig:
     dense_lr: float | None = None
     """peak learning rate of the parameters that are not projected; null: lr"""
     rank: int = 128
-    """dimensions of the subspace, r"""
+    """dimensions of the subspace, r; apollo_mini is meant for 1"""
     scale: float | None = None
     """factor on projected updates, the paper's alpha; null: the preset's, 0.25 for GaLore"""
     update_proj_gap: int = 200
@@ -236,7 +236,7 @@ class OptimConfig:
         check_number("optim.lr", self.lr, above=0)
         check_number("optim.dense_lr", self.dense_lr, above=0, optional=True)
         check_whole("optim.rank", self.rank, minimum=1)
-        self.scale = SCALES.get(self.preset, 0.25) if self.scale is None else self.scale
+        self.scale = scale_of(self.preset, self.rank, 0.25) if self.scale is None else self.scale
         check_number("optim.scale", self.scale)
         check_whole("optim.update_proj_gap", self.update_proj_gap, minimum=1)
         check_number("optim.adaptive_refresh", self.adaptive_refresh, at_least=0, below=1, optional=True)

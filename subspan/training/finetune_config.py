@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from subspan.checks import check_choice, check_number, check_used, check_whole
-from subspan.optim.presets import SCALES
+from subspan.optim.presets import scale_of
 from subspan.training.config import (
     OptimConfig,
     as_list,
@@ -134,7 +134,7 @@ class FinetuneOptimConfig(OptimConfig):
         check_whole("optim.rank", self.rank, minimum=1)
         check_number("optim.head_lr", self.head_lr, above=0, optional=True)
         if self.scale is None:  # arXiv 2403.03507, Table 7
-            self.scale = SCALES.get(self.preset, 16 / self.rank)
+            self.scale = scale_of(self.preset, self.rank, 16 / self.rank)
         super().__post_init__()
 
 
