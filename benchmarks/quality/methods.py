@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +93,15 @@ METHODS: dict[str, Method] = {
         0.01, build=_package("fira", "FiraAdamW", {"alpha": 0.25}, no_deprecation_warning=True)
     ),
     "ldadam (ours)": Method(0.001, build=LDAdam),
+    "ldadam (ours), no feedback": Method(
+        0.003, build=functools.partial(LDAdam, error_feedback=False), like="ldadam (ours)"
+    ),
+    "ldadam (ours), 8 bits": Method(
+        0.003, build=functools.partial(LDAdam, error_bits=8, moment_bits=8), like="ldadam (ours)"
+    ),
+    "ldadam (ours), 4-bit error": Method(
+        0.003, build=functools.partial(LDAdam, error_bits=4, moment_bits=8), like="ldadam (ours)"
+    ),
     "apollo_torch 1.0": Method(0.01, build=_package("apollo_torch", "APOLLOAdamW", _APOLLO)),
 }
 
@@ -178,13 +189,16 @@ def result_of(name: str, config: TrainConfig) -> dict[str, Any]:
     return once(file, config.run.out, one_run, name, config)
 
 
-def search(name: str, start: Callable[..., TrainConfig], steps: int = SHORT) -> tuple[float, float]:
-    """The pair of rates that is better than its four neighbours, in runs of `steps`."""
+def search(name: str, start: Callable[..., TrainConfig], steps: int = SHORT) -> list[tuple[float, float]]:
+    """The pair of rates that is better than its four neighbours, in runs of `steps`, and the second best that was tried."""
+    tried: dict[tuple[float, float], float] = {}
 
     def loss(pair: tuple[float, float]) -> float:
-        return float(result_of(name, start(*pair, steps))["valid_loss"])
+        tried[pair] = float(result_of(name, start(*pair, steps))["valid_loss"])
+        return tried[pair]
 
-    return walk((METHODS[name].rate, DENSE_RATE), neighbours, loss)
+    best = walk((METHODS[name].rate, DENSE_RATE), neighbours, loss)
+    return [best, min(tried.keys() - {best}, key=lambda pair: (math.isnan(tried[pair]), tried[pair]))]
 
 
 def neighbours(pair: tuple[float, float]) -> list[tuple[float, float]]:

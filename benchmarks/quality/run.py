@@ -6,7 +6,8 @@
 1. A search for two rates, one of matrices and one of embeddings, head and norms, among 0.001, 0.003, 0.01 and so on: from where a
    method starts, to the best of the four neighbours, until none is better. Short runs, judged on the last training file, which
    they do not train on.
-2. The long runs: that pair with fresh seeds on all training files, judged once on `valid`.
+2. The long runs, on all training files, judged on `valid`: the first seed with that pair and with the second best of the search,
+   because short runs choose rates that are too large, and the other seeds with the better of the two.
 
 Every run leaves results/MODEL/KEY.json beside this file; what is there is not run again, so an interrupted grid goes on where
 it was, and several processes may share the methods. `table.py` makes tables and figures of it.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from grid import training_files
@@ -51,9 +53,17 @@ def main(
         start = functools.partial(configure, METHODS[name], model, out=folder)
         searched = METHODS[name].like or name
         short = functools.partial(configure, METHODS[searched], model, out=folder, seed=0, files=files[:-1])
-        lr, dense_lr = search(searched, functools.partial(short, valid=files[-1], eval_sequences=256))
-        for seed in [] if search_only else seeds or SEEDS:
-            result_of(name, start(lr, dense_lr, LONG, seed, files, valid, eval_sequences=1024))
+        pairs = search(searched, functools.partial(short, valid=files[-1], eval_sequences=256))
+        if search_only:
+            continue
+
+        def long_run(pair: tuple[float, float], seed: int, name: str = name, start: Any = start) -> float:
+            return float(result_of(name, start(*pair, LONG, seed, files, valid, eval_sequences=1024))["valid_loss"])
+
+        first, *others = seeds or SEEDS
+        better = min(pairs, key=lambda pair: long_run(pair, first))
+        for seed in others:
+            long_run(better, seed)
 
 
 if __name__ == "__main__":
