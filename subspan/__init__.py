@@ -1,6 +1,7 @@
 """Subspan trains every parameter of a large language model in a fraction of the memory."""
 
 from subspan.optim.combine import Apollo, Fira, Frugal
+from subspan.optim.feedback import Feedback
 from subspan.optim.groups import describe_groups, param_groups, quantize_weights
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.presets import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreLion, GaLoreSGD, QGaLoreAdamW
@@ -16,6 +17,7 @@ __all__ = [
     "Adam",
     "Apollo",
     "ColumnNorm",
+    "Feedback",
     "Fira",
     "Frugal",
     "GaLoreAdafactor",

@@ -42,6 +42,7 @@ STARTS: dict[str, tuple[Start, ...]] = {
     "fira": (Start(1.7e6, 0.01, 0.1, _LONG, 100),),
     "frugal": (Start(1.7e6, 0.003, 0.1, _GRID, 100),),
     "apollo": (Start(1.7e6, 0.01, 0.1, _GRID, 100),),
+    "ldadam": (Start(1.7e6, 0.003, 0.1, _LONG, 1),),
     "muon": (Start(1.7e6, 0.01, 0.1, _TRIED),),
     "subspan": _SUBSPAN,
     "lora": _ADAPTERS,

@@ -67,7 +67,14 @@ def trained(out: Path, *callbacks: TrainerCallback, optim: Any = None, **given: 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains(preset: str, tmp_path: Path) -> None:
-    lr = {"galore_lion": 0.002, "frugal": 0.005, "sign_sgd": 0.002, "scale_sgd": 0.005, "apollo_mini": 0.002}
+    lr = {
+        "galore_lion": 0.002,
+        "frugal": 0.005,
+        "sign_sgd": 0.002,
+        "scale_sgd": 0.005,
+        "apollo_mini": 0.002,
+        "ldadam": 0.005,
+    }
     made = trained(
         tmp_path, learning_rate=lr.get(preset, 0.02), optim={"preset": preset, "rank": 1 if "mini" in preset else 8}
     )

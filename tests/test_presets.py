@@ -22,6 +22,7 @@ USUAL = {
     "dense_rule": Adam(),
     "projector": SubspaceIteration(),
     "combine": None,
+    "feedback": None,
     "moments": None,
     "state_dtype": FP32,
     "dense_state_dtype": FP32,
@@ -44,6 +45,7 @@ MADE_OF = {
     "frugal": {"combine": subspan.Frugal(), "moments": "reset"},
     "apollo": {"combine": subspan.Apollo(), "projector": Random()},
     "apollo_mini": {"combine": subspan.Apollo(by="tensor"), "projector": Random()},
+    "ldadam": {"feedback": subspan.Feedback(), "moments": "transport", "state_dtype": INT8},
     "adamw": {},
     "adamw8bit": {"state_dtype": INT8, "dense_state_dtype": INT8},
     "adafactor": dict.fromkeys(("rule", "dense_rule"), Adafactor()),
@@ -68,9 +70,17 @@ def test_what_a_preset_is_made_of(preset: str) -> None:
 
 
 def test_scales_of_presets() -> None:
-    published = {"galore": 0.25, "fira": 0.25, "frugal": 1.0, "apollo": 1.0, "apollo_mini": math.sqrt(128)}
+    published = {
+        "galore": 0.25,
+        "fira": 0.25,
+        "frugal": 1.0,
+        "apollo": 1.0,
+        "apollo_mini": math.sqrt(128),
+        "ldadam": 1.0,
+    }
     for preset, scale in published.items():
         assert groups_of(net(), OptimConfig(preset=preset, rank=1))[0]["scale"] == scale  # type: ignore[arg-type]
+    assert [OptimConfig(preset=preset).update_proj_gap for preset in ("galore", "ldadam")] == [200, 1]  # type: ignore[arg-type]
     assert OptimConfig(preset="apollo_mini", rank=128).scale == 1.0  # steps of one size at every rank
 
 

@@ -34,6 +34,7 @@ PRESETS = {  # a learning rate at which 20 steps of each learn something
     "frugal": 0.003,
     "apollo": 0.02,
     "apollo_mini": 0.02,
+    "ldadam": 0.01,
     "subspan": 0.02,
     "adamw": 0.01,
     "galore8bit": 0.02,

@@ -32,6 +32,7 @@ from torch import Tensor
 from subspan.optim.backward import Backward, Gradients, check_dense
 from subspan.optim.combine import Combine
 from subspan.optim.dtensors import local, settle_gradient
+from subspan.optim.feedback import Feedback
 from subspan.optim.groups import as_matrix
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.marks import mark
@@ -41,6 +42,7 @@ from subspan.optim.projectors import (
     SubspaceIteration,
     align,
     orient,
+    orthonormalize,
     overlap,
     project,
     seed_of,
@@ -81,6 +83,8 @@ class ProjectedOptimizer(StatefulOptimizer):
         refresh: see `Refresh`.
         combine: what becomes of the part of a gradient outside the subspace: `Fira()`, `Frugal()`, `Apollo()`; None (GaLore): it
             is left out. They need the full gradient, so not gradients="project".
+        feedback: `Feedback()`: what a step leaves out of a gradient is added to the next one (LDAdam), for Adam whose moments
+            are transported; wants update_proj_gap=1 and scale=1. Needs the full gradient too. None: it is left out.
         weight_decay: decoupled, as in torch.optim.AdamW: W <- (1 - lr decay) W before the update; `scale` does not touch it.
         decay_after_update: decay the new update as well, as galore_torch does.
         gradients: "hold", "project" or "update", see backward.py. In `project` full gradients are projected and freed during
@@ -128,6 +132,7 @@ class ProjectedOptimizer(StatefulOptimizer):
         projector: Projector | None = None,
         refresh: Refresh | None = None,
         combine: Combine | None = None,
+        feedback: Feedback | None = None,
         gradients: Gradients = "hold",
         weight_decay: float = 0.0,
         decay_after_update: bool = False,
@@ -150,6 +155,9 @@ class ProjectedOptimizer(StatefulOptimizer):
                 )
         if gradients not in get_args(Gradients):
             raise ValueError(f"gradients={gradients!r} is unknown: use 'hold', 'project' or 'update'")
+        refresh = Refresh() if refresh is None else refresh
+        if feedback is not None:
+            _check_feedback(feedback, rule, refresh, combine, gradients, average_over)
         if combine is not None and gradients == "project":
             raise ValueError(
                 f"combine={combine!r} needs full gradients, of which gradients='project' keeps projections: use "
@@ -160,7 +168,6 @@ class ProjectedOptimizer(StatefulOptimizer):
                 f"combine={combine!r} needs full gradients of all data, of which average_over sends projections: use "
                 "DistributedDataParallel for the whole model, or fully_shard, and average_over=None"
             )
-        refresh = Refresh() if refresh is None else refresh
         self.projector = SubspaceIteration() if projector is None else projector
         self.gradients = gradients
         self.decay_after_update = decay_after_update
@@ -188,6 +195,7 @@ class ProjectedOptimizer(StatefulOptimizer):
             rules=rules,
             refresh=replace(refresh, first=refresh.first or ("gradient" if gradients == "hold" else "random")),
             combine=combine,
+            feedback=feedback,
             weight_decay=weight_decay,
             state_dtype=state_dtype,
             dense_state_dtype=dense_state_dtype,
@@ -360,7 +368,8 @@ class ProjectedOptimizer(StatefulOptimizer):
                 new = shards.reduce(project(A, shards.mine_of(Q), turned))
                 return new if R is None else R.add_(new)
             if R is None:
-                return project(A, Q, turned)
+                R = project(A, Q, turned)
+                return R if self.feedback is None else self.feedback.low_rank(self.state_here(p), Q.float(), R)
             X, left, right = (R.mT, A.mT, Q) if turned else (R, Q.mT, A)
             (X.addmm_ if X.ndim == 2 else X.baddbmm_)(left, right)
             return R
@@ -415,6 +424,10 @@ class ProjectedOptimizer(StatefulOptimizer):
             if self.combine is not None:
                 assert p.grad is not None
                 combine, gradient = self.combine, as_matrix(local(p.grad).contiguous(), group)
+            if self.feedback is not None:
+                assert p.grad is not None
+                A = orient(as_matrix(p.grad.contiguous(), group), side)
+                self.feedback.keep(state, A, self.basis(p), R, live.any())
         update_weight(
             W,
             R,
@@ -501,6 +514,10 @@ class ProjectedOptimizer(StatefulOptimizer):
         """p's basis <- the projector's basis for G, in place; untouched, and still due, if G is zero or not finite (looking at it
         is a sync)."""
         begin = time.perf_counter()
+        if self.feedback is not None and self._timetable.refreshes[p]:
+            self._follow(group, p, G)
+            self.refresh_seconds += time.perf_counter() - begin
+            return
         state, shards = self.state_here(p), self._shards[p]
         here = local(G)
         batch = shards if shards is not None and shards.axis == "batch" else None
@@ -536,6 +553,23 @@ class ProjectedOptimizer(StatefulOptimizer):
             write_basis(state, new)
             self._timetable.found(p, state, self._steps[p], self._gap(p), same if count else None)
         self.refresh_seconds += time.perf_counter() - begin
+
+    def _follow(self, group: dict[str, Any], p: Tensor, G: Tensor) -> None:
+        """`_refresh_basis` with a feedback, from the second on: without a host sync, since it may come at every step."""
+        assert self.feedback is not None
+        state, old, (rule, store, _) = self.state_here(p), self.basis(p), self.memory(group)
+        A = orient(as_matrix(G.contiguous(), group), self.side(p))
+        moments = store.load(state, self._shape_here(p))
+        m, beta, done = moments["exp_avg"], rule.betas[0], self._steps[p]  # type: ignore[attr-defined]
+        m = m.float().clone()
+        Y = self.feedback.search(state, A, old, m / (1 - beta**done))
+        finite = torch.isfinite(Y).all()
+        new = torch.where(finite, orthonormalize(torch.where(finite, Y, old)), old)
+        rule.transport(moments, new.mT @ old, done)  # type: ignore[attr-defined]
+        self.feedback.lose(state, old, m, new, moments["exp_avg"].float(), beta / (1 - beta), finite)
+        store.save(state, moments)
+        write_basis(state, new)
+        self._timetable.found(p, state, done, self._gap(p), None)
 
     def _move_moments(self, group: dict[str, Any], p: Tensor, new: Tensor, old: Tensor, same: float | None) -> None:
         """What becomes of moments in the basis `old` when `new` takes its place: see `Refresh`."""
@@ -587,6 +621,29 @@ class ProjectedOptimizer(StatefulOptimizer):
         super().__setstate__(state)
         if self._backward is None:
             self._hook()
+
+
+def _check_feedback(
+    feedback: Feedback,
+    rule: Rule,
+    refresh: Refresh,
+    combine: Combine | None,
+    gradients: str,
+    average_over: ProcessGroup | None,
+) -> None:
+    for wrong, said in (
+        (not isinstance(rule, Adam), f"rule={type(rule).__name__}: use Adam()"),
+        (refresh.moments != "transport", f"moments={refresh.moments!r} at a refresh: use Refresh(moments='transport')"),
+        (refresh.needs_overlap or refresh.align, "adaptive, gate or align of a Refresh: drop them"),
+        (combine is not None, f"combine={combine!r}, which uses what is fed back: drop one"),
+        (gradients == "project", "gradients='project', which keeps no full gradient: use gradients='hold' or 'update'"),
+        (
+            average_over is not None,
+            "average_over, which sends projections: use DistributedDataParallel for the whole model",
+        ),
+    ):
+        if wrong:
+            raise ValueError(f"feedback={feedback!r} does not go with {said}")
 
 
 def _largest(X: Tensor) -> Tensor:

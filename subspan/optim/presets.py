@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from subspan.optim.combine import Apollo, Fira, Frugal
+from subspan.optim.feedback import Feedback
 from subspan.optim.optimizer import ProjectedOptimizer
 from subspan.optim.projectors import SVD, Random
 from subspan.optim.refresh import Refresh
@@ -136,6 +137,15 @@ def apollo_mini(params: Iterable[Any], lr: float = 1e-2, **kwargs: Any) -> Proje
     return GaLoreAdamW(params, lr, **{"combine": Apollo(by="tensor"), "projector": Random(), **kwargs})
 
 
+def ldadam(params: Iterable[Any], lr: float = 3e-3, **kwargs: Any) -> ProjectedOptimizer:
+    """LDAdam (arXiv 2410.16103) in 8 bits: AdamW in a subspace that follows the momentum, which is transported, and with error
+    feedback. Groups want update_proj_gap=1 and scale=1."""
+    refresh = kwargs.pop("refresh", None) or Refresh()
+    kwargs["refresh"] = replace(refresh, moments=refresh.moments or "transport")
+    own = {"feedback": Feedback(), "state_dtype": torch.int8, "dense_state_dtype": torch.float32}
+    return GaLoreAdamW(params, lr, **{**own, **kwargs})
+
+
 def adafactor(params: Iterable[Any], lr: float = 1e-3, **kwargs: Any) -> ProjectedOptimizer:
     """Full-rank Adafactor without a first moment, with a given lr."""
     return GaLoreAdafactor(params, lr, **kwargs)
@@ -198,6 +208,7 @@ PRESETS: dict[str, Callable[..., ProjectedOptimizer]] = {
     "frugal": frugal,
     "apollo": apollo,
     "apollo_mini": apollo_mini,
+    "ldadam": ldadam,
     "adamw": GaLoreAdamW,  # FULL_RANK: over param_groups(rank=None), every group dense
     "adamw8bit": GaLoreAdamW8bit,
     "adafactor": adafactor,
@@ -210,11 +221,14 @@ PRESETS: dict[str, Callable[..., ProjectedOptimizer]] = {
 FULL_RANK = ("adamw", "adamw8bit", "adafactor", "muon", "subspan", "sign_sgd", "scale_sgd")
 """The presets that project nothing: baselines."""
 
-FULL_GRADIENT = ("fira", "frugal", "apollo", "apollo_mini")
+FULL_GRADIENT = ("fira", "frugal", "apollo", "apollo_mini", "ldadam")
 """The presets that need the full gradient of what they project: not with gradients="project"."""
 
-SCALES = {"frugal": 1.0, "apollo": 1.0}
+SCALES = {"frugal": 1.0, "apollo": 1.0, "ldadam": 1.0}
 """The `scale` of their papers, where it is not GaLore's 0.25."""
+
+GAPS = {"ldadam": 1}
+"""The `update_proj_gap` of their papers, where it is not that of GaLore."""
 
 
 def scale_of(preset: str, rank: int, usual: float) -> float:

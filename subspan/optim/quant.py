@@ -57,7 +57,7 @@ def quantize(X: Tensor, bits: Bits, signed: bool, block_size: int) -> tuple[Tens
     *rest, n = X.shape
     codes = X.new_empty((*rest, -(-n * bits // 8)), dtype=torch.uint8)
     scale = X.new_empty((*rest, -(-n // _block(block_size, n))), dtype=torch.float32)
-    _quantize_into(codes, scale, X, book_name(bits, signed), block_size)
+    quantize_into(codes, scale, X, book_name(bits, signed), block_size)
     return codes, scale
 
 
@@ -85,7 +85,7 @@ def _dequantize_into(X: Tensor, codes: Tensor, scale: Tensor, name: str, block_s
         x.copy_((_blocks(decoded, b) * s.unsqueeze(-1)).flatten(-2)[..., :n])
 
 
-def _quantize_into(
+def quantize_into(
     codes: Tensor, scale: Tensor, X: Tensor, name: str, block_size: int, use: Tensor | None = None
 ) -> None:
     """use: 0-d bool tensor; if it is False, codes and scale stay as they are."""
@@ -181,7 +181,7 @@ def write_basis(state: State, Q: Tensor) -> None:
     if "basis" in state:
         state["basis"].copy_(Q)
     else:
-        _quantize_into(state["basis.codes"], state["basis.scale"], Q, "basis", BASIS_BLOCK)
+        quantize_into(state["basis.codes"], state["basis.scale"], Q, "basis", BASIS_BLOCK)
 
 
 # ------------------------------------------------------------------------------------------------------- stores
@@ -254,7 +254,7 @@ class Store:
         assert self.bits is not None
         X = value.mT if self.transposed else value
         codes, scale = state[f"{name}.codes"], state[f"{name}.scale"]
-        _quantize_into(codes, scale, X, book_name(self.bits, SIGNED[name]), BLOCK_SIZE[self.bits], use)
+        quantize_into(codes, scale, X, book_name(self.bits, SIGNED[name]), BLOCK_SIZE[self.bits], use)
 
     def load(self, state: State, shape: Sequence[int]) -> State:
         """All of `state` as a rule wants it: moments in codes read as fp32, everything else as it is."""

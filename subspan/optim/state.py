@@ -14,6 +14,7 @@ from torch import Tensor
 from subspan.optim.books import Bits
 from subspan.optim.combine import LIMITED, Combine
 from subspan.optim.dtensors import is_spread, local, placed_as
+from subspan.optim.feedback import KEYS, Feedback
 from subspan.optim.groups import check_group, matrix_shape
 from subspan.optim.projectors import Side, effective_rank, pick_side, random_basis
 from subspan.optim.quant import State, Store, init_basis, read_basis, write_basis
@@ -50,6 +51,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         rules: Mapping[str, Rule],
         refresh: Refresh,
         combine: Combine | None,
+        feedback: Feedback | None,
         weight_decay: float,
         state_dtype: torch.dtype | None,
         dense_state_dtype: torch.dtype | None,
@@ -66,7 +68,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             )
         self.rule, self.dense_rule, self.rules = rule, dense_rule, dict(rules)
         self.refresh = refresh
-        self.combine = combine
+        self.combine, self.feedback = combine, feedback
         self.state_dtype, self.dense_state_dtype, self.basis_dtype = state_dtype, dense_state_dtype, basis_dtype
         self._memories = {
             "projected": _memory(rule, state_dtype, transposed=True),
@@ -95,11 +97,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 f"no group has a rank or full_rank=True, so rule={type(rule).__name__} would step nothing: give the groups of "
                 "param_groups(model, rank=None)"
             )
-        if combine is not None and not any("rank" in group for group in self.param_groups):
-            raise ValueError(
-                f"no group has a rank, so combine={type(combine).__name__} would do nothing: give the groups of "
-                "param_groups(model, rank=...)"
-            )
+        for name, value in (("combine", combine), ("feedback", feedback)):
+            if value is not None and not any("rank" in group for group in self.param_groups):
+                raise ValueError(
+                    f"no group has a rank, so {name}={type(value).__name__} would do nothing: give the groups of "
+                    "param_groups(model, rank=...)"
+                )
         self._timetable.stagger(list(self._index), self._gap)
         self._built = True
 
@@ -157,6 +160,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
             state |= self._init_basis(Q, p, shards)
             if self.combine is not None:
                 state |= self.combine.init(p.device)
+            if self.feedback is not None:
+                if shards is not None:
+                    raise ValueError(
+                        "feedback of sharded parameters is not supported: use another preset with fully_shard"
+                    )
+                state |= self.feedback.init((*shape[:-2], basis_shape[-2], shape[-1]), p.device)
         rule, store, dtype = self.memory(group)
         moments = rule.init(torch.empty(shape, dtype=dtype or p.dtype, device="meta"))
         state |= store.init(moments, p.device) if shards is None else shards.init(store, moments, p.device)
@@ -209,7 +218,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """Set p's moments and its count of steps to zero, in place, as if it had not been trained."""
         state = self.state[p]
         for name, X in state.items():
-            if name not in OWN or name in ("step", LIMITED):
+            if name not in OWN or name in ("step", LIMITED, *KEYS):
                 X.zero_()
         self._steps[p] = 0
         if p in self._index:

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from subspan.optim.books import Bits, book_name, values_of
 from subspan.optim.combine import LIMITED
+from subspan.optim.feedback import KEYS
 from subspan.optim.quant import BLOCK_SIZE, SIGNED, State, Store, encode, write_codes
 from subspan.optim.refresh import Timetable
 from subspan.optim.rules import Rule
 
-OWN = ("step", *Timetable.KEYS, LIMITED, "basis", "basis.codes", "basis.scale")
+OWN = ("step", *Timetable.KEYS, LIMITED, "basis", "basis.codes", "basis.scale", *KEYS)
 """State that is the optimizer's: no sweep touches it."""
 
 

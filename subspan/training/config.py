@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from subspan.checks import check_choice, check_number, check_used, check_whole
 from subspan.extras import require
 from subspan.optim.backward import Gradients
-from subspan.optim.presets import FULL_GRADIENT, FULL_RANK, scale_of
+from subspan.optim.presets import FULL_GRADIENT, FULL_RANK, GAPS, scale_of
 from subspan.optim.refresh import Moments
 
 Baseline = Literal["lora", "relora", "factorized"]
@@ -29,6 +29,7 @@ Preset = Literal[
     "frugal",
     "apollo",
     "apollo_mini",
+    "ldadam",
     "adamw",
     "adamw8bit",
     "adafactor",
@@ -49,7 +50,7 @@ OF_BASES = ("projector", "basis_dtype", "moments", "moments_gate", "adaptive_ref
 """Fields of `OptimConfig` that a preset without bases has to leave as they are."""
 OF_BASELINES = ("lora_alpha", "lora_dropout", "train_rest", "merge_every", "rewarm_steps")
 """Fields of `ModelConfig` that a model without a baseline has to leave as they are."""
-FILLED_IN = ("scale", "gradients")
+FILLED_IN = ("scale", "update_proj_gap", "gradients")
 """Those that null leaves to the preset and the rank."""
 
 
@@ -179,7 +180,7 @@ class OptimConfig:
 
     preset: Preset = "galore"
     """galore: Adam in the subspace, galore8bit: its moments in 8 bits, qgalore: weights in 8 and basis in 4 bits too, paper:
-    exactly the reference, galore_adafactor, galore_lion, galore_sgd; fira, frugal, apollo, apollo_mini: the rest of the
+    exactly the reference, galore_adafactor, galore_lion, galore_sgd; fira, frugal, apollo, apollo_mini, ldadam: the rest of the
     gradient takes part too; adamw, adamw8bit, adafactor, muon, subspan (muon in 8 bits), sign_sgd, scale_sgd: full rank"""
     lr: float = 0.01
     """peak learning rate"""
@@ -189,8 +190,8 @@ class OptimConfig:
     """dimensions of the subspace, r; apollo_mini is meant for 1"""
     scale: float | None = None
     """factor on projected updates, the paper's alpha; null: the preset's, 0.25 for GaLore"""
-    update_proj_gap: int = 200
-    """steps between two refreshes of the subspace, the paper's T"""
+    update_proj_gap: int | None = None
+    """steps between two refreshes of the subspace, the paper's T; null: 200, 1 for ldadam"""
     adaptive_refresh: float | None = None
     """double a matrix's T when its new and old subspace overlap by more than this, 0 to 1; null: T stays"""
     max_update_proj_gap: int | None = None
@@ -238,6 +239,8 @@ class OptimConfig:
         check_whole("optim.rank", self.rank, minimum=1)
         self.scale = scale_of(self.preset, self.rank, 0.25) if self.scale is None else self.scale
         check_number("optim.scale", self.scale)
+        if self.update_proj_gap is None:
+            self.update_proj_gap = GAPS.get(self.preset, 200)
         check_whole("optim.update_proj_gap", self.update_proj_gap, minimum=1)
         check_number("optim.adaptive_refresh", self.adaptive_refresh, at_least=0, below=1, optional=True)
         check_whole("optim.max_update_proj_gap", self.max_update_proj_gap, minimum=1, optional=True)
@@ -430,6 +433,11 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}={given} works on one process alone: drop it, or --parallel.shard and .replicate"
                 )
+        if self.parallel.shard > 1 and self.optim.preset == "ldadam":
+            raise ValueError(
+                f"parallel.shard={self.parallel.shard} does not go with optim.preset=ldadam, whose feedback is not sharded: use "
+                "--parallel.replicate, or another preset"
+            )
         if self.parallel.shard == 1 and not self.averages_low_rank and self.optim.gradients == "update":
             raise ValueError(
                 "optim.gradients=update changes weights before gradients are averaged, and "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from subspan.checks import check_choice, check_number, check_used, check_whole
-from subspan.optim.presets import scale_of
+from subspan.optim.presets import GAPS, scale_of
 from subspan.training.config import (
     OptimConfig,
     as_list,
@@ -126,15 +126,17 @@ class FinetuneOptimConfig(OptimConfig):
     """dimensions of the subspace, or of adapters, r"""
     scale: float | None = None
     """factor on projected updates, the paper's alpha; null: 16 / rank, which is the paper's 4 at rank 4 and 2 at rank 8; for
-    frugal, apollo and apollo_mini their own"""
-    update_proj_gap: int = 500
-    """steps between two refreshes of the subspace, the paper's T"""
+    frugal, apollo, apollo_mini and ldadam their own"""
+    update_proj_gap: int | None = None
+    """steps between two refreshes of the subspace, the paper's T; null: 500, 1 for ldadam"""
 
     def __post_init__(self) -> None:
         check_whole("optim.rank", self.rank, minimum=1)
         check_number("optim.head_lr", self.head_lr, above=0, optional=True)
         if self.scale is None:  # arXiv 2403.03507, Table 7
             self.scale = scale_of(self.preset, self.rank, 16 / self.rank)
+        if self.update_proj_gap is None:
+            self.update_proj_gap = GAPS.get(self.preset, 500)
         super().__post_init__()
 
 

@@ -30,7 +30,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 def groups_of(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """The parameter groups of `model`."""
-    assert optim.scale is not None  # OptimConfig has filled it in
+    assert optim.scale is not None  # OptimConfig has filled them in
+    assert optim.update_proj_gap is not None
     return param_groups(
         model,
         rank=None if optim.preset in FULL_RANK else optim.rank,
