@@ -113,8 +113,8 @@ class ProjectedOptimizer(StatefulOptimizer):
         mask_null: count rows of R that hold only rounding noise as zero (`live_directions`).
 
     State is tensors only and exists from construction: `step` and those of `Timetable` (0-d, CPU), `basis` (d, r), the rule's,
-    the combine's (0-d); what is in codes is two tensors, `exp_avg.codes` (uint8) and `exp_avg.scale` (fp32), (k, r) and
-    (k, ceil(r / block)).
+    the combine's (0-d), `error` (k, d) of a feedback; what is in codes is two tensors, `exp_avg.codes` (uint8) and
+    `exp_avg.scale` (fp32), (k, r) and (k, ceil(r / block)).
     `grad_norm` is a 0-d tensor, the norm of the last step before clipping; reading it is the caller's host sync, `step()`
     makes none outside refreshes. A gradient that is not finite counts as zero (decided per parameter, with `max_grad_norm`
     over all of them; in `update` its parameter is left out) and is never used for a basis; a loop that would rather skip such a
