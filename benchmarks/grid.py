@@ -92,16 +92,16 @@ def _end_with_parent() -> None:
 
 def walk(start: Place, neighbours: Callable[[Place], Iterable[Place]], loss: Callable[[Place], float]) -> Place:
     """From `start` to the best of its neighbours, and on, until none is better. nan is worse than any number."""
-
-    def finite(place: Place) -> float:
-        value = loss(place)
-        return math.inf if math.isnan(value) else value
-
     best, found = None, start
     while found != best:
         best = found
-        found = min([best, *neighbours(best)], key=finite)
+        found = min([best, *neighbours(best)], key=lambda place: finite(loss(place)))
     return best
+
+
+def finite(loss: float) -> float:
+    """nan as inf, since `min` never leaves a nan."""
+    return math.inf if math.isnan(loss) else loss
 
 
 def beside(rate: float) -> tuple[float, float]:

@@ -267,7 +267,8 @@ class Planner:
             passes["sum", everyone] += sum(update.buckets.values())
             passes["copy", everyone] += sum(X.nbytes for X in model.buffers())  # before the first pass
         steps, refreshed = (self._exchanged(key, config, due) for due in (set(), update.projected))
-        gap = config.optim.update_proj_gap or 1  # filled in: never None
+        gap = config.optim.update_proj_gap
+        assert gap is not None  # OptimConfig has filled it in
         refreshes = {place: (size - steps[place]) // gap for place, size in refreshed.items() if size > steps[place]}
         return {"passes": passes, "optimizer": steps, "refreshes": refreshes}
 

@@ -96,6 +96,7 @@ SIBLINGS = {
     ("optim.optimizer", "optim.state"),
     ("optim.optimizer", "optim.shards"),
     ("optim.feedback", "optim.norms"),
+    ("optim.feedback", "optim.refresh"),
     ("optim.optimizer", "optim.feedback"),
     ("optim.state", "optim.feedback"),
     ("optim.sweep", "optim.feedback"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from subspan.training.optimizers import build_optimizer
 from subspan.training.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grid import beside, once, walk
+from grid import beside, finite, once, walk
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -199,7 +198,7 @@ def search(name: str, start: Callable[..., TrainConfig], steps: int = SHORT) -> 
         return tried[pair]
 
     best = walk((METHODS[name].rate, DENSE_RATE), neighbours, loss)
-    return [best, min(tried.keys() - {best}, key=lambda pair: (math.isnan(tried[pair]), tried[pair]))]
+    return [best, min(tried.keys() - {best}, key=lambda pair: finite(tried[pair]))]
 
 
 def neighbours(pair: tuple[float, float]) -> list[tuple[float, float]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grid import training_files
+from grid import finite, training_files
 from methods import LONG, METHODS, SEEDS, configure, result_of, search
 
 
@@ -61,7 +61,7 @@ def main(
             return float(result_of(name, start(*pair, LONG, seed, files, valid, eval_sequences=1024))["valid_loss"])
 
         first, *others = seeds or SEEDS
-        better = min(pairs, key=lambda pair: long_run(pair, first))
+        better = min(pairs, key=lambda pair: finite(long_run(pair, first)))
         for seed in others:
             long_run(better, seed)
 

@@ -22,7 +22,10 @@ from torch import Tensor
 
 from subspan.optim.books import Bits, book_name
 from subspan.optim.norms import parts_of
+from subspan.optim.projectors import orthonormalize
 from subspan.optim.quant import BLOCK_SIZE, State, dequantize, quantize_into
+from subspan.optim.refresh import Refresh
+from subspan.optim.rules import Adam, Rule
 
 KEYS = ("error", "error.codes", "error.scale")
 
@@ -40,6 +43,28 @@ class Feedback:
         if not 0 <= self.rho < 1:
             raise ValueError(f"rho={self.rho!r} must be in [0, 1)")
 
+    def check(self, rule: Rule, refresh: Refresh, combine: object, gradients: str, average_over: object) -> None:
+        """ValueError for what a `ProjectedOptimizer` with this feedback cannot have."""
+        for wrong, said in (
+            (not isinstance(rule, Adam), f"rule={type(rule).__name__}: use Adam()"),
+            (
+                refresh.moments != "transport",
+                f"moments={refresh.moments!r} at a refresh: use Refresh(moments='transport')",
+            ),
+            (refresh.needs_overlap or refresh.align, "adaptive, gate or align of a Refresh: drop them"),
+            (combine is not None, f"combine={combine!r}, which uses what is fed back: drop one"),
+            (
+                gradients == "project",
+                "gradients='project', which keeps no full gradient: use gradients='hold' or 'update'",
+            ),
+            (
+                average_over is not None,
+                "average_over, which sends projections: use DistributedDataParallel for all of the model",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"feedback={self!r} does not go with {said}")
+
     def init(self, shape: Sequence[int], device: torch.device) -> State:
         """Zeros for A of `shape` (..., d, k)."""
         *batch, d, k = shape
@@ -50,6 +75,21 @@ class Feedback:
             "error.codes": torch.zeros((*batch, k, -(-d * self.bits // 8)), dtype=torch.uint8, device=device),
             "error.scale": torch.zeros((*batch, k, blocks), dtype=torch.float32, device=device),
         }
+
+    def follow(
+        self, state: State, A: Tensor, Q: Tensor, moments: State, rule: Rule, done: int
+    ) -> tuple[Tensor, Tensor]:
+        """The basis after Q, fp32, and whether it is a new one (0-d, bool): not if A is not finite, and then
+        nothing changes but by rounding. `moments`, of `done` steps, are moved in place, and E takes what they lose."""
+        assert isinstance(rule, Adam)
+        m, beta = moments["exp_avg"].float().clone(), rule.betas[0]
+        Y = self.search(state, A, Q, m / (1 - beta**done))
+        finite = torch.isfinite(Y).all()
+        new = torch.where(finite, orthonormalize(torch.where(finite, Y, Q)), Q)
+        C = torch.where(finite, new.mT @ Q, torch.eye(Q.shape[-1], device=Q.device))
+        rule.transport(moments, C, done)
+        self.lose(state, Q, m, new, moments["exp_avg"].float(), beta / (1 - beta), finite)
+        return new, finite
 
     def search(self, state: State, A: Tensor, Q: Tensor, m: Tensor) -> Tensor:
         """B (B^T Q), (..., d, r) fp32; m (..., r, k): the moment, corrected for its bias. A in any dtype."""

@@ -42,7 +42,6 @@ from subspan.optim.projectors import (
     SubspaceIteration,
     align,
     orient,
-    orthonormalize,
     overlap,
     project,
     seed_of,
@@ -157,7 +156,7 @@ class ProjectedOptimizer(StatefulOptimizer):
             raise ValueError(f"gradients={gradients!r} is unknown: use 'hold', 'project' or 'update'")
         refresh = Refresh() if refresh is None else refresh
         if feedback is not None:
-            _check_feedback(feedback, rule, refresh, combine, gradients, average_over)
+            feedback.check(rule, refresh, combine, gradients, average_over)
         if combine is not None and gradients == "project":
             raise ValueError(
                 f"combine={combine!r} needs full gradients, of which gradients='project' keeps projections: use "
@@ -555,21 +554,16 @@ class ProjectedOptimizer(StatefulOptimizer):
         self.refresh_seconds += time.perf_counter() - begin
 
     def _follow(self, group: dict[str, Any], p: Tensor, G: Tensor) -> None:
-        """`_refresh_basis` with a feedback, from the second on: without a host sync, since it may come at every step."""
+        """`_refresh_basis` with a feedback, from the second on: without a host sync, since it may come at every step. Of a
+        gradient that is not finite the basis stays until the next one is due."""
         assert self.feedback is not None
-        state, old, (rule, store, _) = self.state_here(p), self.basis(p), self.memory(group)
+        state, (rule, store, _) = self.state_here(p), self.memory(group)
         A = orient(as_matrix(G.contiguous(), group), self.side(p))
         moments = store.load(state, self._shape_here(p))
-        m, beta, done = moments["exp_avg"], rule.betas[0], self._steps[p]  # type: ignore[attr-defined]
-        m = m.float().clone()
-        Y = self.feedback.search(state, A, old, m / (1 - beta**done))
-        finite = torch.isfinite(Y).all()
-        new = torch.where(finite, orthonormalize(torch.where(finite, Y, old)), old)
-        rule.transport(moments, new.mT @ old, done)  # type: ignore[attr-defined]
-        self.feedback.lose(state, old, m, new, moments["exp_avg"].float(), beta / (1 - beta), finite)
-        store.save(state, moments)
+        new, finite = self.feedback.follow(state, A, self.basis(p), moments, rule, self._steps[p])
+        store.save(state, moments, finite)
         write_basis(state, new)
-        self._timetable.found(p, state, done, self._gap(p), None)
+        self._timetable.found(p, state, self._steps[p], self._gap(p), None)
 
     def _move_moments(self, group: dict[str, Any], p: Tensor, new: Tensor, old: Tensor, same: float | None) -> None:
         """What becomes of moments in the basis `old` when `new` takes its place: see `Refresh`."""
@@ -621,29 +615,6 @@ class ProjectedOptimizer(StatefulOptimizer):
         super().__setstate__(state)
         if self._backward is None:
             self._hook()
-
-
-def _check_feedback(
-    feedback: Feedback,
-    rule: Rule,
-    refresh: Refresh,
-    combine: Combine | None,
-    gradients: str,
-    average_over: ProcessGroup | None,
-) -> None:
-    for wrong, said in (
-        (not isinstance(rule, Adam), f"rule={type(rule).__name__}: use Adam()"),
-        (refresh.moments != "transport", f"moments={refresh.moments!r} at a refresh: use Refresh(moments='transport')"),
-        (refresh.needs_overlap or refresh.align, "adaptive, gate or align of a Refresh: drop them"),
-        (combine is not None, f"combine={combine!r}, which uses what is fed back: drop one"),
-        (gradients == "project", "gradients='project', which keeps no full gradient: use gradients='hold' or 'update'"),
-        (
-            average_over is not None,
-            "average_over, which sends projections: use DistributedDataParallel for the whole model",
-        ),
-    ):
-        if wrong:
-            raise ValueError(f"feedback={feedback!r} does not go with {said}")
 
 
 def _largest(X: Tensor) -> Tensor:
