@@ -268,8 +268,8 @@ def _few_parts() -> Iterator[None]:
 
     def few(parts: Any) -> Any:
         @functools.wraps(parts)
-        def ends(*args: Any) -> Iterator[tuple[int, int]]:
-            found = list(parts(*args))
+        def ends(*args: Any, **kwargs: Any) -> Iterator[tuple[int, int]]:
+            found = list(parts(*args, **kwargs))
             return iter(found[:2] + found[2:][-1:])
 
         return ends

@@ -46,7 +46,9 @@ def test_parts_make_the_same_step(monkeypatch, shape, rule, state_dtype):
         state_dtype = torch.float32
     monkeypatch.setattr(quant, "MIN_ELEMENTS", 0)
     whole, _ = trained(shape, rule=rule, state_dtype=state_dtype)
-    monkeypatch.setattr(update, "parts_of", lambda X, dim, multiple=1: [(i, 1) for i in range(X.shape[dim])])
+    monkeypatch.setattr(
+        update, "parts_of", lambda X, dim, multiple=1, compiled=False: [(i, 1) for i in range(X.shape[dim])]
+    )
     by_parts, optimizer = trained(shape, rule=rule, state_dtype=state_dtype)
     torch.testing.assert_close(by_parts, whole, rtol=1e-5, atol=1e-6)
     if len(shape) == 2 and state_dtype != torch.float32:
@@ -189,7 +191,7 @@ def test_int8_weights_are_moved_in_whole_groups(monkeypatch, proj_type):
     moved = []
     for parts in (False, True):
         if parts:
-            few = lambda X, dim, multiple=1: [  # noqa: E731
+            few = lambda X, dim, multiple=1, compiled=False: [  # noqa: E731
                 (i, min(multiple, X.shape[dim] - i)) for i in range(0, X.shape[dim], multiple)
             ]
             monkeypatch.setattr(update, "parts_of", few)

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from subspan.optim.shards import Shards
 
 
-def parts_of(X: Tensor, dim: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """(start, length) of the parts along `dim` that X (1-d or more) is worked through in; starts are multiples of `multiple`."""
+def parts_of(X: Tensor, dim: int, multiple: int = 1, compiled: bool = False) -> Iterator[tuple[int, int]]:
+    """(start, length) of the parts along `dim` that X (1-d or more) is worked through in; starts are multiples of `multiple`.
+    compiled: a part has no temporaries but its result, so that fewer and larger ones take no more memory."""
     whole = X.shape[dim]
-    most = (2**18 if X.device.type == "cpu" else 2**22) * whole // max(X.numel(), 1)
+    largest = 2**18 if X.device.type == "cpu" else 2**24 if compiled else 2**22
+    most = largest * whole // max(X.numel(), 1)
     length = max(most // multiple * multiple, multiple)
     for start in range(0, whole, length):
         yield start, min(length, whole - start)

@@ -108,7 +108,8 @@ class ProjectedOptimizer(StatefulOptimizer):
             None: gradients are those of all data already, or sharded by fully_shard.
         compile: make one pass over memory of a rule and its moments with torch.compile, for Adam, Lion, SGDMomentum and rules
             like them; the first step then takes longer. Eager, after a warning, where there is no compiler. Adam on fp32
-            moments takes one pass without it, by torch's own kernel.
+            moments takes one pass without it, by torch's own kernel. None: for moments in codes on a GPU, where launches of
+            the eager pass take more time than its arithmetic (benchmarks/train_7b_gpu).
         mask_null: count rows of R that hold only rounding noise as zero (`live_directions`).
 
     State is tensors only and exists from construction: `step` and those of `Timetable` (0-d, CPU), `basis` (d, r), the rule's,
@@ -142,11 +143,13 @@ class ProjectedOptimizer(StatefulOptimizer):
         mask_null: bool = True,
         stochastic_rounding: bool = False,
         average_over: ProcessGroup | None = None,
-        compile: bool = False,
+        compile: bool | None = None,
     ) -> None:
         rule = Adam() if rule is None else rule
         dense_rule = rule if dense_rule is None else dense_rule
         rules = dict(rules or {})
+        if compile is None and any(type(r).__hash__ is None for r in (rule, dense_rule, *rules.values())):
+            compile = False
         for r in (rule, dense_rule, *rules.values()):
             if compile and type(r).__hash__ is None:
                 raise ValueError(
@@ -409,6 +412,7 @@ class ProjectedOptimizer(StatefulOptimizer):
         keep = 1 - lr * group["weight_decay"]
         size = lr * keep if self.decay_after_update else lr
         rule, store, _ = self.memory(group)
+        compiled = p.device.type == "cuda" and store.bits is not None if self.compile is None else self.compile
         generator = None
         if isinstance(p, Int8Weight) or (self.stochastic_rounding and p.dtype == torch.bfloat16):
             generator = torch.Generator(device=p.device).manual_seed(self._rounding_seed(p))
@@ -444,7 +448,7 @@ class ProjectedOptimizer(StatefulOptimizer):
             generator=generator,
             combine=combine,
             gradient=gradient,
-            compiled=self.compile,
+            compiled=compiled,
             shards=shards,
         )
 

@@ -156,7 +156,8 @@ class Projector(Protocol):
 class SVD:
     """The paper's choice: the r leading singular vectors of G (arXiv 2403.03507, Algorithm 2).
 
-    Exact, and slow: O(m n min(m, n)) operations that parallelise badly.
+    Exact, and slow: O(m n min(m, n)) operations that parallelise badly. On a GPU the vectors are made orthonormal: Jacobi's, as
+    cuSOLVER leaves them, were off by 1e-3 for matrices of 7B (benchmarks/refresh).
     """
 
     def basis(self, G: Tensor, side: Side, rank: int, previous: Tensor | None, seed: int) -> Tensor:
@@ -169,7 +170,8 @@ class SVD:
             U, _, Vh = torch.linalg.svd(G, full_matrices=False)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # fp32 divide and conquer rarely fails to converge; fp64 then does
             U, _, Vh = (X.to(G.dtype) for X in torch.linalg.svd(G.double(), full_matrices=False))
-        return (U[..., :rank] if side == "left" else Vh[..., :rank, :].mT).contiguous()
+        Q = (U[..., :rank] if side == "left" else Vh[..., :rank, :].mT).contiguous()
+        return Q if Q.device.type == "cpu" else orthonormalize(Q)
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,8 @@ class RandomizedSVD:
             Y = orthonormalize(_half_power(A, Y))
         U: Tensor
         U, _, _ = torch.linalg.svd(whole(beside(Y.to(A.dtype), A).mT @ A).to(Y.dtype), full_matrices=False)
-        return Y @ U[..., :rank]
+        Q = U[..., :rank]
+        return Y @ (Q if Q.device.type == "cpu" else orthonormalize(Q))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One update of one weight, part by part: what a step holds beside weight, gradient and state is a few parts, not a matrix.
 
 A part is some rows of R as its moments lie, contiguous and about 2^18 values on a CPU, which stay in cache between two passes,
-and 2^22 elsewhere, where each part costs launches. First the rule, for every part, then the weight:
+and 2^22 elsewhere, where each part costs launches (2^24 if compiled). First the rule, for every part, then the weight:
 
     R <- sweep(R, moments)            (r, k), sweep.py: the direction U takes R's place and dtype
     W <- keep W - size orient(Q R)    one product in place; by parts where W is rounded at random
@@ -87,7 +87,7 @@ def update_weight(
     else:
         dim = store.dim(state, R)
         whole = R.shape[dim]
-        for start, length in parts_of(R, dim):
+        for start, length in parts_of(R, dim, compiled=compiled):
             with mark("rule"):
                 r, lives, part = R, live, state
                 if length < whole:

@@ -229,8 +229,8 @@ class OptimConfig:
     """dtype of their moments; null: that of the others"""
     stochastic_rounding: bool | None = None
     """round bfloat16 weights at random, so that small updates add up; null: what the preset uses"""
-    compile: bool = False
-    """step with one compiled pass over the moments; the first step takes longer"""
+    compile: bool | None = None
+    """step with one compiled pass over the moments; the first step takes longer; null: for moments in 8 or 4 bits on a GPU"""
 
     def __post_init__(self) -> None:
         check_choice("optim.preset", self.preset, get_args(Preset))
