@@ -31,7 +31,7 @@ LONG = 2000  # steps of a long run: 2 M tokens
 SEEDS = (1, 2, 3)  # of the long runs; the search has 0
 DENSE_RATE = 0.1  # where searches start: AdamW, from 0.01, went there
 GAP = 100  # T
-MODELS = {"llama-2m": (32, 2048), "llama-9m": (64, 4096)}
+MODELS = {"llama-2m": (32, 2048), "llama-9m": (64, 4096), "llama-60m": (128, 8192)}
 """r, a quarter of the hidden size, and pieces of the tokenizer."""
 
 
@@ -142,9 +142,14 @@ def configure(
     )
 
 
-def compiled(model: nn.Module, config: TrainConfig, build: Build | None = None) -> torch.optim.Optimizer:
+def compiled(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer; the model is compiled in place: about a fifth faster on a CPU, for every method alike."""
     model.compile()
+    return optimizer_of(model, config)
+
+
+def optimizer_of(model: nn.Module, config: TrainConfig, build: Build | None = None) -> torch.optim.Optimizer:
+    """That of `subspan train`, or a package's over the same groups."""
     optim = config.optim
     if build is None:
         return build_optimizer(model, config)
@@ -152,12 +157,14 @@ def compiled(model: nn.Module, config: TrainConfig, build: Build | None = None) 
     return build(param_groups(model, rank=optim.rank, verbose=False, **schedule), optim.lr)
 
 
-def one_run(name: str, config: TrainConfig) -> dict[str, Any]:
+def one_run(name: str, config: TrainConfig, compile: bool = True) -> dict[str, Any]:
     """Train, and make a small result of it."""
     method, made = METHODS[name], []
 
     def builder(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-        made[:] = [model, compiled(model, config, method.build)]
+        if compile:
+            model.compile()
+        made[:] = [model, optimizer_of(model, config, method.build)]
         return made[1]
 
     summary = train(config, builder)
@@ -182,11 +189,11 @@ def _hidden_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(basis.nbytes for basis in bases if isinstance(basis, torch.Tensor))
 
 
-def result_of(name: str, config: TrainConfig) -> dict[str, Any]:
+def result_of(name: str, config: TrainConfig, compile: bool = True) -> dict[str, Any]:
     """The result of a run: from its file, or by a run in a process of its own."""
     key = f"{name} {config.optim.lr:g} {config.optim.dense_lr:g} {config.run.steps} {config.run.seed}".replace(" ", "_")
     file = RESULTS / config.model.name / f"{key}.json"
-    return once(file, config.run.out, one_run, name, config)
+    return once(file, config.run.out, one_run, name, config, compile)
 
 
 def search(name: str, start: Callable[..., TrainConfig], steps: int = SHORT) -> list[tuple[float, float]]:

@@ -62,6 +62,18 @@ def grids(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def larger() -> str:
+    """Every run of larger.py, the best first."""
+    runs = [json.loads(file.read_text()) for file in (RESULTS / "llama-60m").glob("*.json")]
+    lines = ["| method | lr, dense lr | validation loss | perplexity | state, MiB |", "|---|---|---|---|---|"]
+    for run in sorted(runs, key=lambda run: run["valid_loss"]):
+        lines.append(
+            f"| {run['method']} | {run['lr']:g}, {run['dense_lr']:g} | {run['valid_loss']:.4f} | {run['perplexity']:.2f} | "
+            f"{run['state_bytes'] / 2**20:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def draw(results: list[dict[str, Any]]) -> None:
     import matplotlib
 
@@ -93,7 +105,7 @@ def main() -> None:
     results = [json.loads(file.read_text()) for file in sorted((RESULTS / "llama-2m").glob("*.json"))]
     readme = HERE / "README.md"
     text = readme.read_text()
-    for name, table in (("final", long_runs(results)), ("search", grids(results))):
+    for name, table in (("final", long_runs(results)), ("larger", larger()), ("search", grids(results))):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", f"\\1{table}\n\\2", text, flags=re.S)
     readme.write_text(text)
     if any(result["steps"] == LONG for result in results):

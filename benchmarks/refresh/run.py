@@ -2,6 +2,7 @@
 
     python benchmarks/refresh/run.py
     python benchmarks/refresh/run.py --models '[llama-130m]'
+    python benchmarks/refresh/run.py --device cuda
 
 Gradients of LLaMA's matrices with decaying singular values and noise, rank a quarter of the hidden size. The fast ones take
 turns, several rounds; the exact SVD, minutes at 7B's shapes, is taken `svd_rounds` times. Leaves results/MODEL_DTYPE.json
@@ -58,11 +59,14 @@ def finders(G: Tensor, rank: int, warm: Tensor) -> dict[str, Callable[[], Tensor
     }
 
 
-def measure(shape: tuple[int, int], rank: int, dtype: torch.dtype, rounds: int, svd_rounds: int) -> dict[str, Any]:
+def measure(
+    shape: tuple[int, int], rank: int, dtype: torch.dtype, rounds: int, svd_rounds: int, device: str
+) -> dict[str, Any]:
     """Seconds of each finder on one gradient, and what its basis captures of it."""
     side = pick_side(shape)
-    warm = SubspaceIteration().basis(gradient(shape, 1), side, rank, None, 0)
-    G = gradient(shape, 2).to(dtype)
+    wait = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
+    warm = SubspaceIteration().basis(gradient(shape, 1).to(device), side, rank, None, 0)
+    G = gradient(shape, 2).to(device, dtype)
     work = finders(G, rank, warm)
     times: dict[str, list[float]] = {name: [] for name in work}
     energy: dict[str, float] = {}
@@ -71,8 +75,10 @@ def measure(shape: tuple[int, int], rank: int, dtype: torch.dtype, rounds: int, 
         for name, find in work.items():
             if name == EXACT and number >= svd_rounds:
                 continue
+            wait()
             begin = time.perf_counter()
             Q = find()
+            wait()
             times[name].append(time.perf_counter() - begin)
             if name not in energy:
                 energy[name] = float(captured_energy(A, Q))
@@ -132,7 +138,11 @@ def draw(results: list[dict[str, Any]]) -> None:
 
 
 def main(
-    models: list[str] | None = None, dtypes: list[str] | None = None, rounds: int = 5, svd_rounds: int = 1
+    models: list[str] | None = None,
+    dtypes: list[str] | None = None,
+    rounds: int = 5,
+    svd_rounds: int = 1,
+    device: str = "cpu",
 ) -> None:
     """Measure what has no result yet, and write table and figure.
 
@@ -141,33 +151,39 @@ def main(
         dtypes: some of float32, bfloat16; none: both
         rounds: times that each finder runs on each matrix
         svd_rounds: times that the exact SVD does
+        device: cpu or cuda
     """
+    on = "" if device == "cpu" else f"_{device}"
     RESULTS.mkdir(exist_ok=True)
     kinds = [(model, dtype) for model in models or MODELS for dtype in dtypes or ("float32", "bfloat16")]
     for model, dtype in kinds:
-        file = RESULTS / f"{model}_{dtype}.json"
+        file = RESULTS / f"{model}_{dtype}{on}.json"
         if file.exists():
             continue
         hidden, wide = MODELS[model]
         rows = [
-            measure(shape, hidden // 4, getattr(torch, dtype), rounds, svd_rounds)
+            measure(shape, hidden // 4, getattr(torch, dtype), rounds, svd_rounds, device)
             for shape in ((hidden, hidden), (hidden, wide))
         ]
         result = {
             "model": model,
             "dtype": dtype,
             "threads": torch.get_num_threads(),
+            "gpu": None if device == "cpu" else torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "rows": rows,
         }
         file.write_text(json.dumps(result, indent=1) + "\n")
         print(model, dtype, "done", flush=True)
-    files = [RESULTS / f"{model}_{dtype}.json" for model in MODELS for dtype in ("float32", "bfloat16")]
-    results = [json.loads(file.read_text()) for file in files if file.exists()]
     readme = HERE / "README.md"
-    new = f"\\1{table(results)}\n\\2"
-    readme.write_text(re.sub(r"(<!-- table -->\n).*?(<!-- end -->)", new, readme.read_text(), flags=re.S))
-    draw(results)
+    for end, name in (("", "table"), ("_cuda", "gpu")):
+        files = [RESULTS / f"{model}_{dtype}{end}.json" for model in MODELS for dtype in ("float32", "bfloat16")]
+        results = [json.loads(file.read_text()) for file in files if file.exists()]
+        if results:
+            new = f"\\1{table(results)}\n\\2"
+            readme.write_text(re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", new, readme.read_text(), flags=re.S))
+        if not end:
+            draw(results)
 
 
 if __name__ == "__main__":

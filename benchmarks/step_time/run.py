@@ -2,10 +2,12 @@
 
     python benchmarks/step_time/run.py
     python benchmarks/step_time/run.py --models '[llama-130m]' --dtypes '[bfloat16]'
+    python benchmarks/step_time/run.py --device cuda --dtypes '[bfloat16]'
 
 One weight of each shape of a LLaMA layer with a gradient, rank a quarter of the hidden size. All optimizers take turns within a
 round, and beside them the two matrix products of GaLore alone (R = Q^T G, W <- W - Q U), so that a busy moment meets all; a
-ratio is that of medians. Leaves results/MODEL_DTYPE.json beside this file, where what is there is not run again, and writes
+ratio is that of medians. On a GPU a turn is 20 steps in a row, so that launches hide where they can. Leaves
+results/MODEL_DTYPE[_DEVICE].json beside this file, where what is there is not run again, and writes
 README.md's tables and step_time.png. A package that is not installed, or has no kernel for this machine, is listed with the
 reason.
 """
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import subspan
+from subspan.optim.presets import PRESETS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -42,6 +45,17 @@ def ours(**options: Any) -> Callable[[Group], torch.optim.Optimizer]:
     return lambda group: subspan.GaLoreAdamW([group], 1e-5, refresh=refresh, **options)
 
 
+def preset(name: str, **keys: Any) -> Callable[[Group], torch.optim.Optimizer]:
+    """A preset over the group, with keys of its own; rank=None: of a matrix that is not projected."""
+
+    def build(group: Group) -> torch.optim.Optimizer:
+        full = {"params": group["params"], "full_rank": True}
+        refresh = subspan.Refresh(first="random", stagger=1)
+        return PRESETS[name]([{**group, **keys} if keys.get("rank", 1) else full], 1e-5, refresh=refresh)
+
+    return build
+
+
 def peer(module: str, name: str, *, dense: bool = False, renamed: dict[str, Any] | None = None, **options: Any) -> Any:
     """An optimizer of another package over the group, with keys changed or added as that package wants them."""
 
@@ -56,11 +70,13 @@ def peer(module: str, name: str, *, dense: bool = False, renamed: dict[str, Any]
 
 METHODS: dict[str, Callable[[Group], torch.optim.Optimizer]] = {
     f"{OURS}, fp32 state": ours(compile=True),
-    f"{OURS}, fp32 state, eager": ours(),
+    f"{OURS}, fp32 state, eager": ours(compile=False),
     f"{OURS}, 8 bits": ours(compile=True, state_dtype=torch.int8),
-    f"{OURS}, 8 bits, eager": ours(state_dtype=torch.int8),
+    f"{OURS}, 8 bits, eager": ours(compile=False, state_dtype=torch.int8),
     f"{OURS}, Fira": ours(combine=subspan.Fira()),
     f"{OURS}, APOLLO": ours(combine=subspan.Apollo(), projector=subspan.Random()),
+    f"{OURS}, LDAdam in 8 bits": preset("ldadam", update_proj_gap=1, scale=1.0),
+    f"{OURS}, the preset `subspan`": preset("subspan", rank=None),
     "galore-torch GaLoreAdamW": peer("galore_torch", "GaLoreAdamW", no_deprecation_warning=True),
     "galore-torch GaLoreAdamW8bit": peer("galore_torch", "GaLoreAdamW8bit"),
     "q-galore-torch": peer("q_galore_torch", "QGaLoreAdamW8bit"),
@@ -83,8 +99,8 @@ def quick_svd() -> Iterator[None]:
     def svd(X: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         least = min(X.shape)
         generator = torch.Generator().manual_seed(0)
-        U, V = (torch.linalg.qr(torch.randn(n, least, generator=generator)).Q for n in X.shape)
-        return U.to(X.dtype), torch.ones(least), V.mT.to(X.dtype)
+        U, V = (torch.linalg.qr(torch.randn(n, least, generator=generator).to(X.device)).Q for n in X.shape)
+        return U.to(X.dtype), torch.ones(least, device=X.device), V.mT.to(X.dtype)
 
     exact = torch.linalg.svd
     torch.linalg.svd = svd  # type: ignore[assignment]
@@ -98,7 +114,7 @@ def products(W: Tensor, G: Tensor, rank: int) -> Callable[[], None]:
     """The two products of a step with a basis on the short side, and nothing else."""
     tall = W.shape[0] >= W.shape[1]
     W, G = (X.detach() if not tall else X.detach().mT for X in (W, G))
-    Q = torch.linalg.qr(torch.randn(W.shape[0], rank)).Q.to(W.dtype)
+    Q = torch.linalg.qr(torch.randn(W.shape[0], rank, device=W.device)).Q.to(W.dtype)
     U = (Q.mT @ G).contiguous()
 
     def both() -> None:
@@ -108,53 +124,66 @@ def products(W: Tensor, G: Tensor, rank: int) -> Callable[[], None]:
     return both
 
 
-def measure(shape: tuple[int, int], rank: int, dtype: torch.dtype, rounds: int, seconds: float) -> dict[str, Any]:
+def seconds_of(work: Callable[[], Any], device: str) -> float:
+    """Of one call; on a GPU, of one of 20 in a row, the last of which is waited for."""
+    calls = 1 if device == "cpu" else 20
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def measure(
+    shape: tuple[int, int], rank: int, dtype: torch.dtype, rounds: int, seconds: float, device: str
+) -> dict[str, Any]:
     """Seconds of each step of each method on one weight; at most `rounds` rounds, and none begun after `seconds`."""
     generator = torch.Generator().manual_seed(0)
-    G = torch.randn(shape, generator=generator).to(dtype)
-    weight = lambda: nn.Parameter(torch.zeros(shape, dtype=dtype))  # noqa: E731
+    G = torch.randn(shape, generator=generator).to(device, dtype)
+    weight = lambda: nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))  # noqa: E731
     steps: dict[str, Callable[[], Any]] = {PRODUCTS: products(weight(), G, rank)}
     reasons: dict[str, str] = {}
     for name, build in METHODS.items():
         p = weight()
-        p.grad = G
         try:
             optimizer = build(
                 {"params": [p], "rank": rank, "update_proj_gap": 10**6, "scale": 0.25, "proj_type": "std"}
             )
-            with quick_svd():
+
+            def step(p: Tensor = p, optimizer: torch.optim.Optimizer = optimizer) -> None:
+                p.grad = G  # each time, since some packages put another in its place
                 optimizer.step()
-            optimizer.step()
+
+            with quick_svd():
+                step()
+            step()
         except Exception as error:
             reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
-        steps[name] = optimizer.step
+        steps[name] = step
     times: dict[str, list[float]] = {name: [] for name in steps}
     begin = time.perf_counter()
     for number in range(rounds + 1):  # one round to warm up
         for name, step in steps.items():
-            start = time.perf_counter()
-            step()
+            took = seconds_of(step, device)
             if number:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(took)
         if number >= 5 and time.perf_counter() - begin > seconds:
             break
     return {"shape": shape, "rank": rank, "seconds": times, "reasons": reasons}
 
 
-def machine(dtype: torch.dtype) -> dict[str, float]:
+def machine(dtype: torch.dtype, device: str) -> dict[str, float]:
     """What the machine does at best here: operations a second of a large product, bytes a second of a copy."""
-    A, B = torch.randn(4096, 4096).to(dtype), torch.randn(4096, 1024).to(dtype)
-    X = torch.empty(2**27, dtype=torch.uint8)
+    A, B = (torch.randn(4096, n, device=device).to(dtype) for n in (4096, 1024))
+    X = torch.empty(2**27 if device == "cpu" else 2**32, dtype=torch.uint8, device=device)
     Y = torch.zeros_like(X)
 
     def fastest(work: Callable[[], Any]) -> float:
-        took = []
-        for _ in range(7):
-            start = time.perf_counter()
-            work()
-            took.append(time.perf_counter() - start)
-        return min(took[1:])
+        return min([seconds_of(work, device) for _ in range(7)][1:])
 
     return {
         "flops": 2 * 4096 * 4096 * 1024 / fastest(lambda: A @ B),
@@ -180,11 +209,12 @@ def floor(row: dict[str, Any], best: dict[str, float], element: int) -> float:
 def tables(results: list[dict[str, Any]]) -> str:
     text = []
     for result in results:
+        where = result.get("gpu") or f"{result['threads']} threads"
         element = getattr(torch, result["dtype"]).itemsize
         shapes = [f"{m} x {n}" for m, n in (row["shape"] for row in result["rows"])]
         text += [
             f"**{result['model']}, {result['dtype']}**, rank {result['rows'][0]['rank']}: time over that of the two products, "
-            f"{result['threads']} threads; products at {result['machine']['flops'] / 1e9:.0f} GFLOP/s, copies at "
+            f"{where}; products at {result['machine']['flops'] / 1e9:.0f} GFLOP/s, copies at "
             f"{result['machine']['bandwidth'] / 1e9:.0f} GB/s at best",
             "",
             f"| step | {' | '.join(shapes)} |",
@@ -202,8 +232,13 @@ def tables(results: list[dict[str, Any]]) -> str:
             if any(cell != "-" for cell in cells):
                 text.append(f"| {'**' + name + '**' if name.startswith(OURS) else name} | {' | '.join(cells)} |")
         text.append("")
-    reasons = {name: why for result in results for row in result["rows"] for name, why in row["reasons"].items()}
-    text += [f"- {name} does not run: `{why}`" for name, why in reasons.items()]
+    reasons = {
+        (name, result.get("gpu") or "the CPU"): why
+        for result in results
+        for row in result["rows"]
+        for name, why in row["reasons"].items()
+    }
+    text += [f"- {name} does not run on {where}: `{why}`" for (name, where), why in reasons.items()]
     return "\n".join(text)
 
 
@@ -221,14 +256,18 @@ def draw(results: list[dict[str, Any]]) -> None:
         colours = ["#4c72b0" if name.startswith(OURS) else "#c0c0c0" for name in names]
         ax.barh(names[::-1], values[::-1], color=colours[::-1])
         ax.axvline(1, color="black", linewidth=0.8)
-        ax.set_title(f"{result['model']}, {result['dtype']}", fontsize=9)
+        ax.set_title(f"{result['model']}, {result['dtype']}{', GPU' if result.get('gpu') else ''}", fontsize=9)
         ax.set_xlabel("time of a step / two products", fontsize=8)
     figure.tight_layout()
     figure.savefig(HERE / "step_time.png", dpi=120)
 
 
 def main(
-    models: list[str] | None = None, dtypes: list[str] | None = None, rounds: int = 30, seconds: float = 60.0
+    models: list[str] | None = None,
+    dtypes: list[str] | None = None,
+    rounds: int = 30,
+    seconds: float = 60.0,
+    device: str = "cpu",
 ) -> None:
     """Measure what has no result yet, and write tables and figure.
 
@@ -237,22 +276,25 @@ def main(
         dtypes: some of float32, bfloat16; none: both
         rounds: steps of each optimizer on each shape
         seconds: no further round on a shape after so long
+        device: cpu or cuda
     """
+    on = "" if device == "cpu" else f"_{device}"
     RESULTS.mkdir(exist_ok=True)
     for model in models or MODELS:
         for dtype in dtypes or ("float32", "bfloat16"):
-            file = RESULTS / f"{model}_{dtype}.json"
+            file = RESULTS / f"{model}_{dtype}{on}.json"
             if file.exists():
                 continue
             hidden, wide = MODELS[model]
             rows = [
-                measure(shape, hidden // 4, getattr(torch, dtype), rounds, seconds)
+                measure(shape, hidden // 4, getattr(torch, dtype), rounds, seconds, device)
                 for shape in ((hidden, hidden), (wide, hidden), (hidden, wide))
             ]
             result = {
                 "model": model,
                 "dtype": dtype,
-                "machine": machine(getattr(torch, dtype)),
+                "machine": machine(getattr(torch, dtype), device),
+                "gpu": None if device == "cpu" else torch.cuda.get_device_name(),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
                 "rows": rows,
@@ -261,9 +303,10 @@ def main(
             print(model, dtype, "done", flush=True)
     results = [
         json.loads((RESULTS / name).read_text())
+        for end in ("", "_cuda")
         for m in MODELS
         for t in ("float32", "bfloat16")
-        if (RESULTS / (name := f"{m}_{t}.json")).exists()
+        if (RESULTS / (name := f"{m}_{t}{end}.json")).exists()
     ]
     readme = HERE / "README.md"
     new = f"\\1{tables(results)}\n\\2"
