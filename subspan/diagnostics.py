@@ -135,6 +135,7 @@ class Diagnostics:
         if all(X.dtype in (torch.float32, torch.float64) for X in kept.values()):
             return None
         if optimizer.mask_null:
+            dtype = optimizer.mask_null if isinstance(optimizer.mask_null, torch.dtype) else dtype
             R = R * live_directions(torch.linalg.vector_norm(R, dim=-1), dtype).unsqueeze(-1)
         if optimizer.max_grad_norm is not None:
             R = R * (optimizer.max_grad_norm / (optimizer.grad_norm + 1e-6)).clamp(max=1.0)

@@ -50,6 +50,7 @@ def examine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": devices,
         "compiler": _compiler(),
+        "c_compiler": _c_compiler(),
         "triton": importlib.util.find_spec("triton") is not None,
         "backends": _backends(),
         "extras": _extras(),
@@ -85,6 +86,10 @@ def advise(found: dict[str, Any]) -> list[str]:
         )
     if len(found["devices"]) > 1 and not found["triton"]:
         lines.append("no triton: torch.compile cannot work on the accelerator, --optim.compile stays eager")
+    elif len(found["devices"]) > 1 and found["c_compiler"] is None:
+        lines.append(
+            "no C compiler, which triton wants: --optim.compile stays eager on the accelerator: install gcc, or name one in CC"
+        )
     named: set[str] = set()
     for extra, packages in found["extras"].items():  # a later one has most of an earlier one's
         if missing := [name for name, version in packages.items() if version is None and name not in named]:
@@ -180,6 +185,12 @@ def _host_memory() -> int | None:
 def _compiler() -> str | None:
     """The C++ compiler that torch.compile takes."""
     names = [os.environ.get("CXX"), "clang++" if platform.system() == "Darwin" else "g++"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def _c_compiler() -> str | None:
+    """The C compiler that triton takes."""
+    names = [os.environ.get("CC"), "gcc", "clang"]
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 

@@ -93,7 +93,8 @@ def optimizer(
                 f"gradients={config.gradients!r}: to save their memory, compile the blocks, "
                 "`for block in model.model.layers: block.compile()`"
             )
-        made = make_optimizer(model, config, args.seed)
+        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        made = make_optimizer(model, config, args.seed, autocast=autocast)
         _CONFIGS[made] = config
         return made
 

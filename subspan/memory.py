@@ -96,10 +96,13 @@ def _waiting_gradients(trainable: list[nn.Parameter], optimizer: torch.optim.Opt
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:
-    """Peak bytes so far: of torch's allocator on an accelerator, resident bytes of the whole process on the CPU."""
+    """Peak bytes so far: of torch's allocator on an accelerator, resident bytes of the whole process on the CPU. Apple's GPUs
+    keep no peak: what the driver has given out now."""
     device = torch.device(device)
     if device.type != "cpu":
-        return int(torch.get_device_module(device).max_memory_allocated(device))
+        module = torch.get_device_module(device)
+        peak = getattr(module, "max_memory_allocated", None)
+        return int(peak(device) if peak else module.driver_allocated_memory())
     # Linux: not from getrusage, which a new process starts with the peak of the one that made it.
     own = [line.split()[1] for line in _text(Path("/proc/self/status")).splitlines() if line.startswith("VmHWM:")]
     if own:

@@ -28,6 +28,7 @@ FOUND: dict[str, Any] = {
         {"device": "cuda:0", "name": "Some GPU", "free": None, "total": None, "float32": 2e13, "bfloat16": 9e14},
     ],
     "compiler": "/usr/bin/g++",
+    "c_compiler": "/usr/bin/gcc",
     "triton": True,
     "backends": ["gloo", "nccl"],
     "extras": {"hf": {"transformers": "5.23.0"}, "train": {"transformers": "5.23.0", "rich": "15.0.0"}},
@@ -54,6 +55,7 @@ def test_a_machine_with_everything_needs_no_advice() -> None:
         ({"threads": 1}, "OMP_NUM_THREADS=8"),
         ({"compiler": None}, "install g\\+\\+, or name one in CXX"),
         ({"triton": False}, "no triton"),
+        ({"c_compiler": None}, "no C compiler, which triton wants"),
         (
             {"extras": {"train": {"rich": None, "yaml": None, "numpy": "2"}}},
             'train: rich, yaml missing: pip install "subspan\\[train\\]"',

@@ -21,6 +21,7 @@ LAYERS = {
     "optim.projectors": 1,
     "optim.quant": 1,
     "optim.refresh": 2,
+    "optim.refreshing": 2,
     "optim.rules": 1,
     "optim.shards": 2,
     "optim.backward": 2,
@@ -70,7 +71,7 @@ LAYERS = {
     "report.runs": 5,
     "report.tables": 5,
 }
-# Presets are the optimizer with a rule; the optimizer, cut in two for length, reads groups and owns its hooks, which know its
+# Presets are the optimizer with a rule; the optimizer, cut in three for length, reads groups and owns its hooks, which know its
 # type, and both go through weights by update's parts, which sweep does the arithmetic of; shards say which part of a parameter is
 # here; data and corpus, trainer, text and resume are one module each, cut for length, as are finetune, classifier and tasks; a
 # checkpoint asks memory whether a copy fits; the command is its options and what they start.
@@ -93,7 +94,11 @@ SIBLINGS = {
     ("optim.optimizer", "optim.combine"),
     ("optim.optimizer", "optim.sweep"),
     ("optim.optimizer", "optim.norms"),
-    ("optim.optimizer", "optim.state"),
+    ("optim.optimizer", "optim.refreshing"),
+    ("optim.refreshing", "optim.state"),
+    ("optim.refreshing", "optim.sweep"),
+    ("optim.refreshing", "optim.groups"),
+    ("optim.refreshing", "optim.copies"),
     ("optim.optimizer", "optim.shards"),
     ("optim.feedback", "optim.norms"),
     ("optim.feedback", "optim.refresh"),
@@ -153,6 +158,7 @@ TORCH_ALONE = {
     "optim.int8",
     "optim.projectors",
     "optim.quant",
+    "optim.refreshing",
     "optim.rules",
     "optim.shards",
     "optim.sweep",

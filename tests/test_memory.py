@@ -7,13 +7,14 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import subspan
-from subspan.memory import available_memory, count_memory
+from subspan.memory import available_memory, count_memory, peak_memory
 
 
 def blocks(*shapes, device="cpu", dtype=torch.float32):
@@ -73,6 +74,12 @@ def test_peak_memory_grows_with_an_allocation():
     )
     grown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert 200 * 2**20 < int(grown) < 300 * 2**20  # of 256 MiB
+
+
+def test_an_accelerator_without_a_peak_says_what_it_has_given_out(monkeypatch):
+    """Apple's: `torch.mps` has no max_memory_allocated."""
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(driver_allocated_memory=lambda: 7))
+    assert peak_memory("mps") == 7
 
 
 def system(root: Path, files: dict[str, str]) -> Path:

@@ -14,9 +14,12 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.utils.flop_counter import FlopCounterMode
 
 import subspan
-from subspan.optim import presets, quant
+from subspan.optim import presets, projectors, quant
+from subspan.optim.norms import gauge
 from subspan.optim.projectors import captured_energy, orient, random_basis
 from subspan.optim.rules import Adafactor, Adam, ColumnNorm, Lion, SGDMomentum
+from subspan.training.config import OptimConfig
+from subspan.training.optimizers import make_optimizer
 
 
 def group(*params, **settings):
@@ -132,6 +135,23 @@ def test_rounding_noise_is_not_stepped_on(projector):
 
     assert difference(mask_null=True) < 1e-4
     assert difference(mask_null=False) > 1e-2
+
+
+def test_noise_is_that_of_the_products_behind_a_gradient():
+    """fp32 gradients of bf16 products, under autocast, and of TF32 ones."""
+    R = torch.ones(3, 8) * torch.tensor([[1.0], [6e-4], [1e-6]])
+    live = lambda mask: gauge(R, True, mask)[1].flatten().tolist()  # noqa: E731
+    assert live(True) == [True, True, False]
+    assert live(torch.bfloat16) == [True, False, False]
+    found = [projectors._tf32()]
+    torch.set_float32_matmul_precision("high")
+    found.append(projectors._tf32())
+    torch.set_float32_matmul_precision("highest")
+    assert [*found, projectors._tf32()] == [False, True, False]
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(8, 8)])})
+    for preset, mask in (("galore", torch.bfloat16), ("paper", False)):
+        config = OptimConfig(preset=preset, rank=2)
+        assert make_optimizer(model, config, seed=0, autocast=torch.bfloat16).mask_null == mask
 
 
 # ------------------------------------------------------------------------------------------------------- refresh

@@ -44,6 +44,12 @@ def test_adam_by_hand():
                 assert uncorrected[t - 1][i, j].item() == pytest.approx(m / (math.sqrt(v) + eps), rel=1e-5)
 
 
+def test_corrections_stay_on_the_cpu():
+    """Made on a GPU they would be two copies to it, and waits, in every step."""
+    with torch.device("meta"):
+        assert all(x.device.type == "cpu" for x in subspan.Adam().at(3, torch.float32))
+
+
 def test_lion_by_hand():
     directions, state = run(Lion((0.9, 0.99)), GRADIENTS)
     m = torch.zeros(2, 2)

@@ -11,6 +11,7 @@ from torch import nn
 
 import subspan
 from subspan.optim import quant, sweep
+from subspan.optim.norms import parts_of
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,60 @@ def test_no_compiler(monkeypatch, graphs, smallest):
         trained((48, 64), compile=True)
 
 
-def test_a_rule_without_a_hash_is_refused():
-    @dataclass
-    class Own:
-        elementwise = True
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_more_graphs_of_one_kind_than_torch_allows(graphs):
+    """A step must not end for it: torch then raises what is no error of a compiler."""
+    eager, _ = trained((96, 64), rank=64, state_dtype=torch.int8)
+    trained((96, 64), rank=64, state_dtype=torch.int8, compile=True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)  # a graph is made for a number of threads
+        with pytest.warns(UserWarning, match="taken eagerly, and slower"):
+            p, _ = trained((96, 64), rank=64, state_dtype=torch.int8, compile=True)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(p, eager)
 
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_gradients_of_several_dtypes_have_graphs_of_their_own(graphs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in (torch.float32, torch.bfloat16):
+            p = nn.Parameter(drawn((96, 64)).to(dtype))
+            optimizer = subspan.GaLoreAdamW8bit([{"params": [p], "rank": 64}], compile=True)
+            for _ in range(2):
+                p.grad = drawn((96, 64), 1).to(dtype)
+                optimizer.step()
+    assert len(graphs) == 2
+
+
+def test_parts_are_large_only_where_nothing_but_the_result_is_made(monkeypatch, graphs):
+    p, optimizer = make((96, 64), rank=64, state_dtype=torch.int8, compile=True)
+    q, plain = make((96, 64), rank=64, compile=True)
+    assert sweep.compiles(optimizer.state[p])
+    assert not sweep.compiles(plain.state[q])
+    pieces = {key: X[:, ::2] if key.endswith(".codes") else X for key, X in optimizer.state[p].items()}
+    assert not sweep.compiles(pieces)
+    monkeypatch.setattr(sweep, "_works", False)
+    assert not sweep.compiles(optimizer.state[p])
+    on_gpu = torch.empty(2**12, 2**14, device="meta")
+    assert [len(list(parts_of(on_gpu, -1, compiled=compiled))) for compiled in (False, True)] == [16, 4]
+
+
+@dataclass
+class Own:
+    elementwise = True
+
+
+@pytest.mark.parametrize("rule", [Own(), subspan.Adam(betas=[0.9, 0.95])], ids=["no hash", "a list"])
+def test_a_rule_without_a_hash_is_refused_or_not_compiled(rule):
     p = nn.Parameter(torch.ones(3, 3))
-    with pytest.raises(ValueError, match=r"compile=True.*which Own lacks: make it a frozen dataclass"):
-        subspan.ProjectedOptimizer([p], rule=Own(), compile=True)
+    with pytest.raises(ValueError, match=r"compile=True.*lacks: make it a frozen dataclass"):
+        subspan.ProjectedOptimizer([p], rule=rule, compile=True)
+    if isinstance(rule, subspan.Adam):
+        assert subspan.ProjectedOptimizer([p], rule=rule).compile is False
+        assert subspan.ProjectedOptimizer([p]).compile is None
 
 
 def test_inductor():

@@ -238,7 +238,7 @@ def tables(results: list[dict[str, Any]]) -> str:
         for row in result["rows"]
         for name, why in row["reasons"].items()
     }
-    text += [f"- {name} does not run on {where}: `{why}`" for (name, where), why in reasons.items()]
+    text += [f"- {name} has no number on {where}: `{why}`" for (name, where), why in reasons.items()]
     return "\n".join(text)
 
 

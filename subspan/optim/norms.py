@@ -27,7 +27,9 @@ def parts_of(X: Tensor, dim: int, multiple: int = 1, compiled: bool = False) -> 
         yield start, min(length, whole - start)
 
 
-def gauge(R: Tensor, projected: bool, mask_null: bool, shards: Shards | None = None) -> tuple[Tensor, Tensor]:
+def gauge(
+    R: Tensor, projected: bool, mask_null: bool | torch.dtype, shards: Shards | None = None
+) -> tuple[Tensor, Tensor]:
     """The norm of R, 0-d, and what of R counts, a bool tensor that broadcasts to R; the rest counts as zero.
 
     Nothing counts if the norm is not finite; of a low-rank gradient (..., r, k) the rows of rounding noise do not
@@ -42,7 +44,8 @@ def gauge(R: Tensor, projected: bool, mask_null: bool, shards: Shards | None = N
     norm = vector_norm(rows)
     if shards is not None and shards.axis == "batch":
         norm = shards.norm(norm)
-    return norm, (live_directions(rows, R.dtype) & (norm < math.inf)).unsqueeze(-1)
+    dtype = mask_null if isinstance(mask_null, torch.dtype) else R.dtype
+    return norm, (live_directions(rows, dtype) & (norm < math.inf)).unsqueeze(-1)
 
 
 def row_norms(R: Tensor) -> Tensor:

@@ -12,14 +12,14 @@ or, with a `combine` (combine.py), orient(D) of D = combine(A, Q, R, U) (d, k) i
 
 A group without a `rank` is dense: U = rule.update(G), W <- (1 - lr decay) W - lr U.
 
-What is kept of a parameter is state.py's part, in what form quant.py's, how long gradients live (`gradients`) backward.py's.
+What is kept of a parameter is state.py's part, in what form quant.py's, how a basis is replaced refreshing.py's, and how long
+gradients live (`gradients`) backward.py's.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,20 +37,10 @@ from subspan.optim.groups import as_matrix
 from subspan.optim.int8 import Int8Weight
 from subspan.optim.marks import mark
 from subspan.optim.norms import gauge, norm_of
-from subspan.optim.projectors import (
-    Projector,
-    SubspaceIteration,
-    align,
-    orient,
-    overlap,
-    project,
-    seed_of,
-)
-from subspan.optim.quant import SIGNED, write_basis
+from subspan.optim.projectors import Projector, SubspaceIteration, orient, project
 from subspan.optim.refresh import Refresh
+from subspan.optim.refreshing import RefreshingOptimizer
 from subspan.optim.rules import Adam, Rule
-from subspan.optim.state import StatefulOptimizer
-from subspan.optim.sweep import OWN
 from subspan.optim.update import update_weight
 
 if TYPE_CHECKING:
@@ -65,7 +55,7 @@ Prepared = tuple[dict[str, Any], Tensor, Tensor, Tensor, Tensor]
 """A group, a parameter of it, its R (its gradient if it is dense), the norm of R, what of R counts."""
 
 
-class ProjectedOptimizer(StatefulOptimizer):
+class ProjectedOptimizer(RefreshingOptimizer):
     """Trains projected parameters in a low-rank subspace of their gradient and dense parameters as usual.
 
     Args:
@@ -110,7 +100,8 @@ class ProjectedOptimizer(StatefulOptimizer):
             like them; the first step then takes longer. Eager, after a warning, where there is no compiler. Adam on fp32
             moments takes one pass without it, by torch's own kernel. None: for moments in codes on a GPU, where launches of
             the eager pass take more time than its arithmetic (benchmarks/train_7b_gpu).
-        mask_null: count rows of R that hold only rounding noise as zero (`live_directions`).
+        mask_null: count rows of R that hold only rounding noise as zero (`live_directions`). A dtype: that of the products which
+            gradients come from, torch.bfloat16 for fp32 weights under torch.autocast, whose noise is larger; True: their own.
 
     State is tensors only and exists from construction: `step` and those of `Timetable` (0-d, CPU), `basis` (d, r), the rule's,
     the combine's (0-d), `error` (k, d) of a feedback; what is in codes is two tensors, `exp_avg.codes` (uint8) and
@@ -140,7 +131,7 @@ class ProjectedOptimizer(StatefulOptimizer):
         state_dtype: torch.dtype | None = torch.float32,
         dense_state_dtype: torch.dtype | None = None,
         basis_dtype: torch.dtype | None = None,
-        mask_null: bool = True,
+        mask_null: bool | torch.dtype = True,
         stochastic_rounding: bool = False,
         average_over: ProcessGroup | None = None,
         compile: bool | None = None,
@@ -148,13 +139,14 @@ class ProjectedOptimizer(StatefulOptimizer):
         rule = Adam() if rule is None else rule
         dense_rule = rule if dense_rule is None else dense_rule
         rules = dict(rules or {})
-        if compile is None and any(type(r).__hash__ is None for r in (rule, dense_rule, *rules.values())):
-            compile = False
         for r in (rule, dense_rule, *rules.values()):
-            if compile and type(r).__hash__ is None:
-                raise ValueError(
-                    f"compile=True tells rules apart by their hash, which {type(r).__name__} lacks: make it a frozen dataclass"
-                )
+            if compile is not False and not _hashable(r):
+                if compile:
+                    raise ValueError(
+                        f"compile=True tells rules apart by their hash, which {r} lacks: make it a frozen dataclass of numbers "
+                        "and tuples"
+                    )
+                compile = False
         if gradients not in get_args(Gradients):
             raise ValueError(f"gradients={gradients!r} is unknown: use 'hold', 'project' or 'update'")
         refresh = Refresh() if refresh is None else refresh
@@ -511,83 +503,6 @@ class ProjectedOptimizer(StatefulOptimizer):
             self._backward.clear()
             self._backward.attach()
 
-    # ------------------------------------------------------------------------------------------------ refresh
-
-    def _refresh_basis(self, group: dict[str, Any], p: Tensor, G: Tensor) -> None:
-        """p's basis <- the projector's basis for G, in place; untouched, and still due, if G is zero or not finite (looking at it
-        is a sync)."""
-        begin = time.perf_counter()
-        if self.feedback is not None and self._timetable.refreshes[p]:
-            self._follow(group, p, G)
-            self.refresh_seconds += time.perf_counter() - begin
-            return
-        state, shards = self.state_here(p), self._shards[p]
-        here = local(G)
-        batch = shards if shards is not None and shards.axis == "batch" else None
-        sharers = self.copies or shards
-        most = _largest(as_matrix(here.contiguous(), group))
-        if sharers is not None and batch is None:
-            most = sharers.max(most)
-        of_all = most.amax() if most.numel() else most.new_zeros(())
-        largest = float(batch.max(of_all) if batch else of_all)
-        if math.isfinite(largest) and largest > 0:
-            G = as_matrix((here if batch else G).contiguous(), group)  # of a batch every process finds its own bases
-            G = self.copies.spread(G) if self.copies else G
-            rank = self.shapes(p)[0][-1]
-            count = self._timetable.refreshes[p]
-            old = self.basis(p)
-            previous = old if count else None  # a random first basis knows nothing of the gradient
-            side = self.side(p)
-            seed = seed_of(self._seed(p, count + 1), batch.mine(batch.size)[0] if batch else 0)
-            new = self.projector.basis(G, side, rank, previous, seed)
-            if self.refresh.align:
-                new = align(new, old)
-            if most.ndim:  # an expert that saw no tokens keeps its basis
-                new = torch.where((most > 0)[..., None, None], new, old.to(new.dtype))
-            same = None
-            if self.refresh.needs_overlap:
-                overlaps, live = (
-                    overlap(old, new),
-                    most > 0,
-                )  # a basis that was kept says nothing of how far others turned
-                same = float(batch.mean(overlaps, live) if batch else overlaps[live].mean())
-            if self._steps[p]:
-                self._move_moments(group, p, new, old, same)
-            write_basis(state, new)
-            self._timetable.found(p, state, self._steps[p], self._gap(p), same if count else None)
-        self.refresh_seconds += time.perf_counter() - begin
-
-    def _follow(self, group: dict[str, Any], p: Tensor, G: Tensor) -> None:
-        """`_refresh_basis` with a feedback, from the second on: without a host sync, since it may come at every step. Of a
-        gradient that is not finite the basis stays until the next one is due."""
-        assert self.feedback is not None
-        state, (rule, store, _) = self.state_here(p), self.memory(group)
-        A = orient(as_matrix(G.contiguous(), group), self.side(p))
-        moments = store.load(state, self._shape_here(p))
-        new, finite = self.feedback.follow(state, A, self.basis(p), moments, rule, self._steps[p])
-        store.save(state, moments, finite)
-        write_basis(state, new)
-        self._timetable.found(p, state, self._steps[p], self._gap(p), None)
-
-    def _move_moments(self, group: dict[str, Any], p: Tensor, new: Tensor, old: Tensor, same: float | None) -> None:
-        """What becomes of moments in the basis `old` when `new` takes its place: see `Refresh`."""
-        how, state = self.refresh.moments, self.state_here(p)
-        if how in (None, "keep") or (self.refresh.gate is not None and same is not None and same <= self.refresh.gate):
-            return
-        rule, store, _ = self.memory(group)
-        moments = store.load(state, self._shape_here(p))
-        if how == "reset":
-            for name in moments.keys() - set(OWN):
-                moments[name].zero_()
-            self._timetable.reset_at(p, state, self._steps[p])
-        else:
-            C = new.mT @ old.to(new.dtype)
-            shards = self._shards[p]
-            if shards is not None and shards.axis == "batch" and not moments.keys() & SIGNED.keys():
-                C = shards.gather(C)  # Adafactor's rows and columns are whole on each process
-            rule.transport(moments, C, self._steps[p])  # type: ignore[attr-defined]
-        store.save(state, moments)
-
     # ------------------------------------------------------------------------------------------- state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -621,6 +536,9 @@ class ProjectedOptimizer(StatefulOptimizer):
             self._hook()
 
 
-def _largest(X: Tensor) -> Tensor:
-    """The largest absolute value of a matrix, 0-d, or of each of a batch; nan where there is one."""
-    return X.new_zeros(X.shape[:-2]) if not X.numel() else torch.linalg.vector_norm(X, ord=math.inf, dim=(-2, -1))
+def _hashable(rule: Rule) -> bool:
+    try:
+        hash(rule)
+    except TypeError:
+        return False
+    return True

@@ -29,7 +29,10 @@ ProjType = Literal["std", "reverse_std", "left", "right"]
 PROJ_TYPES = get_args(ProjType)
 
 NULL_TOLERANCE = {torch.float64: 4e-15, torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 1.3e-4}
-"""Per gradient dtype: rows of R shorter than this share of the longest row are rounding noise."""
+"""Per dtype of the arithmetic behind a gradient: rows of R shorter than this share of the longest row are rounding noise."""
+
+TF32_NULL_TOLERANCE = 5e-4
+"""The same of fp32 products that a GPU takes in TF32, whose noise is 6e-5 to 1.3e-4 (emulated)."""
 
 
 # ---------------------------------------------------------------------------------------------------- geometry
@@ -99,10 +102,21 @@ def live_directions(row_norms: Tensor, dtype: torch.dtype) -> Tensor:
     """Which rows of a low-rank gradient of `dtype` hold more than rounding noise, from the norms of its rows (..., r).
 
     With fewer tokens than r behind a gradient some rows of R are zero up to rounding, and Adam would turn that noise
-    into steps of full size. Row i is live when ||R_i|| > tau max_j ||R_j||, tau of the gradient's dtype: 4e-6 for fp32,
-    1e-3 for bf16, above the rounding noise of each. None is, where a norm is nan or inf. No host sync.
+    into steps of full size. Row i is live when ||R_i|| > tau max_j ||R_j||, tau of the gradient's dtype, or of that of the
+    products behind it where it is narrower: 4e-6 for fp32, 1e-3 for bf16, above the rounding noise of each. None is, where a norm
+    is nan or inf. No host sync.
     """
-    return row_norms > NULL_TOLERANCE[dtype] * row_norms.amax(-1, keepdim=True)
+    tolerance = NULL_TOLERANCE[dtype]
+    if dtype == torch.float32 and row_norms.device.type == "cuda" and _tf32():
+        tolerance = TF32_NULL_TOLERANCE
+    return row_norms > tolerance * row_norms.amax(-1, keepdim=True)
+
+
+def _tf32() -> bool:
+    """Whether a GPU may multiply fp32 matrices in TF32, by torch.set_float32_matmul_precision or torch.backends."""
+    chosen = torch.backends.cuda.matmul.fp32_precision
+    usual: str = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" in (chosen, usual if chosen == "none" else chosen)
 
 
 def orthonormalize(Y: Tensor) -> Tensor:

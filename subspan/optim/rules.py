@@ -96,7 +96,7 @@ class Adam:
         """1 - beta1^t and sqrt(1 - beta2^t), 0-d."""
         t: Any = step.double() if isinstance(step, Tensor) else step  # in fp32, 1 - 0.999 would carry an error of 6e-5
         correction1, correction2 = 1 - self.betas[0] ** t, (1 - self.betas[1] ** t) ** 0.5
-        return torch.as_tensor(correction1, dtype=dtype), torch.as_tensor(correction2, dtype=dtype)
+        return tuple(torch.as_tensor(c, dtype=dtype, device="cpu") for c in (correction1, correction2))  # type: ignore[return-value]
 
     def update(
         self, R: Tensor, state: State, step: Tensor | tuple[Tensor, Tensor], use: Tensor | None = None
@@ -192,7 +192,7 @@ class Adafactor:
     def update(self, R: Tensor, state: State, step: Tensor, use: Tensor | None = None) -> Tensor:
         R = _compute(R)
         weight = step.double() ** self.decay_rate  # 1 - beta_t, a 0-d tensor: no host sync
-        weight = weight if use is None else weight.to(use.device, non_blocking=True) * use
+        weight = weight if use is None else weight.to(use.device, R.dtype, non_blocking=True) * use
         square = R.square().add_(self.eps)
         if R.ndim < 2:
             v = state["exp_avg_sq"].to(R.dtype)

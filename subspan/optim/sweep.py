@@ -92,8 +92,7 @@ def compiled_sweep(
     """
     moments = {key: X for key, X in state.items() if key not in OWN}
     coded = any(key.endswith(".codes") for key in moments)
-    in_one_piece = all(key.endswith((".codes", ".scale")) and X.is_contiguous() for key, X in moments.items())
-    if R.ndim == 0 or (coded and not in_one_piece) or (not coded and _fuses(rule, R, moments)):
+    if R.ndim == 0 or (coded and not _in_one_piece(moments)) or (not coded and _fuses(rule, R, moments)):
         return sweep(rule, store, R, state, step, use, spare)
     if not coded:
         if R.is_contiguous() and all(X.is_contiguous() and X.shape == R.shape for X in moments.values()):
@@ -115,6 +114,17 @@ def compiled_sweep(
                 Y.copy_(copies[key])
         U = torch.cat(directions, -1)
     return U.mT if store.transposed else U
+
+
+def compiles(state: State) -> bool:
+    """Whether `compiled_sweep` makes one pass of moments in codes, without temporaries of a part's size."""
+    moments = {key: X for key, X in state.items() if key not in OWN}
+    return _works and not torch._dynamo.config.disable and bool(moments) and _in_one_piece(moments)
+
+
+def _in_one_piece(moments: State) -> bool:
+    """Whether all of them are in codes, each of which lies in one piece."""
+    return all(key.endswith((".codes", ".scale")) and X.is_contiguous() for key, X in moments.items())
 
 
 def _columns(key: str, Y: Tensor, start: int, length: int, store: Store) -> Tensor:
@@ -143,9 +153,10 @@ def _one_pass(
     if _works:
         try:
             decoded = b is not None and R.device.type in DECODED
-            whole = _compile(cast("Hashable", rule), store.bits, b, decoded)
+            kind = (R.device, R.dtype, use is None)
+            whole = _compile(cast("Hashable", rule), store.bits, b, decoded, kind)
             return whole(R, moments, _at(rule, step, R), use)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             _works = False
             reason = " ".join(str(error).split("\n\n")[0].split())
             warnings.warn(
@@ -155,9 +166,9 @@ def _one_pass(
 
 
 @functools.cache
-def _compile(rule: Rule, bits: Bits | None, b: int | None, decoded: bool) -> Callable[..., Tensor]:
-    """A compiled function of its own for each block length b; one for all that is not in codes. decoded: codes are read and
-    written outside of the graph."""
+def _compile(rule: Rule, bits: Bits | None, b: int | None, decoded: bool, kind: Hashable) -> Callable[..., Tensor]:
+    """A compiled function of its own for each block length b, and one for all that is not in codes, for each `kind` of
+    gradient. decoded: codes are read and written outside of the graph."""
 
     def whole(R: Tensor, state: State, step: Any, use: Tensor | None) -> Any:
         if decoded:
@@ -171,14 +182,15 @@ def _compile(rule: Rule, bits: Bits | None, b: int | None, decoded: bool) -> Cal
     if b is None or bits is None:
         return compiled
     width = {".codes": -(-b * bits // 8), ".scale": 1}
-    seen = set()
+    marked = False
 
     def by_blocks(R: Tensor, state: State, step: Any, use: Tensor | None) -> Tensor:
+        nonlocal marked
         blocks = {key: Y.view(-1, width[key[key.rindex(".") :]]) for key, Y in state.items()}
         inputs = {key: _decode(key, Y, bits, b) if decoded else Y for key, Y in blocks.items()}
-        X, kind = R.view(-1, b), (R.dtype, use is None)
-        if kind not in seen:  # marks cost more than the sweep of a small part, and matter to the first call alone
-            seen.add(kind)
+        X = R.view(-1, b)
+        if not marked:  # marks cost more than the sweep of a small part, and matter to the first call alone
+            marked = True
             for Y in (X, *inputs.values()):
                 torch._dynamo.maybe_mark_dynamic(Y, 0)
         result = compiled(X, inputs, step, use)

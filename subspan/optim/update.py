@@ -28,7 +28,7 @@ from subspan.optim.norms import parts_of, row_norms
 from subspan.optim.projectors import Side, orient, project_back
 from subspan.optim.quant import SIGNED, State, Store, stochastic_round
 from subspan.optim.rules import Muon, Rule
-from subspan.optim.sweep import compiled_sweep, count_of, sweep
+from subspan.optim.sweep import compiled_sweep, compiles, count_of, sweep
 
 if TYPE_CHECKING:
     from subspan.optim.shards import Shards
@@ -87,7 +87,7 @@ def update_weight(
     else:
         dim = store.dim(state, R)
         whole = R.shape[dim]
-        for start, length in parts_of(R, dim, compiled=compiled):
+        for start, length in parts_of(R, dim, compiled=compiled and compiles(state)):
             with mark("rule"):
                 r, lives, part = R, live, state
                 if length < whole:

@@ -152,6 +152,8 @@ def pace_table(runs: Sequence[Run]) -> Table:
     for i, run in enumerate(runs):
         paces = [pace for pace in durations(run) if pace is not None]
         seconds, refreshes = run.last("seconds"), number(run.summary, "refresh_seconds")
+        if not str(run.summary.get("device", "cpu")).startswith("cpu"):
+            refreshes = None  # the host's seconds, in which it waits for all that an accelerator has still to do
         cells = [
             run.name,
             duration(median(paces)) if paces else "",

@@ -6,8 +6,9 @@
         SHA256SUMS        of every other file: `sha256sum -c SHA256SUMS` checks a copy
 
 Tensors are named model.NAME (parameters, tied ones once, and persistent buffers; an INT8 weight is model.NAME.codes and
-model.NAME.scale), optimizer.NAME.KEY with the name of the parameter, and rng.cpu, rng.cuda.0, ... Learning rates and other
-settings of the optimizer are not saved: they may change between two parts of a run.
+model.NAME.scale), optimizer.NAME.KEY with the name of the parameter, and rng.cpu, rng.cuda.0, ... (of several processes
+rng.cuda, each one's own). Learning rates and other settings of the optimizer are not saved: they may change between two parts
+of a run.
 
 A checkpoint is written under a dot-name, synced and then renamed, and renamed to a dot-name before it is deleted: what is
 called step_* is whole whenever the process or the machine dies. SHA256SUMS tells whether it still is. Of several processes each
@@ -86,7 +87,8 @@ class Checkpointer:
 
         Waits first while the previous one is still being written. Where the copy does not fit into free host memory it
         writes before it returns, and says so once. Call it between two optimizer steps. The random number states of torch
-        on the CPU and, if CUDA is in use, on every GPU are taken along; a checkpoint of the same step is replaced.
+        on the CPU and, if CUDA is in use, on every GPU (of several processes the own one's, which all advance alike) are taken
+        along; a checkpoint of the same step is replaced.
         progress: the loop's own state, as JSON.
 
         A save that fails (a full disk) leaves earlier checkpoints as they are and is said at the next `save`; that one
@@ -96,7 +98,7 @@ class Checkpointer:
         self._join()
         self._say_failure()
         self._failure = None
-        tensors = _tensors(model, optimizer) | _random_states()
+        tensors = _tensors(model, optimizer) | _random_states(self._together)
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -281,7 +283,8 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, processes: Processe
         _call if processes is None else processes.first_does
     )
     manifest = once(lambda: verify(path))
-    trained, tensors, random_states = _trained(model, optimizer), _tensors(model, optimizer), _random_states()
+    together = processes is not None and processes.count > 1
+    trained, tensors, random_states = _trained(model, optimizer), _tensors(model, optimizer), _random_states(together)
     random_states = {name: X for name, X in random_states.items() if name in manifest["tensors"]}
     state_from_the_start = hasattr(optimizer, "rule")  # ours; torch's have none before their first step
     state: dict[str, dict[str, Tensor]] = {}
@@ -291,7 +294,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, processes: Processe
         tensors |= {f"optimizer.{name}.{key}": X for name, values in state.items() for key, X in values.items()}
     tensors |= random_states
     _check_same(path, manifest, _description(trained, optimizer, tensors))
-    _read_tensors(tensors, path, processes is not None and processes.count > 1)
+    _read_tensors(tensors, path, together)
     if state_from_the_start:
         optimizer.load_state_dict(optimizer.state_dict())  # the tensors are loaded: this reads the counters from them
     else:
@@ -299,6 +302,8 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, processes: Processe
     for name, X in random_states.items():
         if name == "rng.cpu":
             torch.set_rng_state(X)
+        elif name == "rng.cuda":
+            torch.cuda.set_rng_state(X)
         else:
             torch.cuda.set_rng_state(X, int(name.removeprefix("rng.cuda.")))
     return {**manifest["progress"], "step": manifest["step"]}
@@ -310,7 +315,7 @@ def _check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -
     for name in theirs | ours:
         was, now = theirs.get(name, "missing"), ours.get(name, "missing")
         kind = name.partition(".")[0] if name.startswith(("model.", "rng.")) else "optimizer"
-        if was != now and not name.startswith("rng.cuda."):
+        if was != now and not name.startswith("rng.cuda"):
             raise ValueError(
                 f"checkpoint {path} is of another {kind}: {name} is {was} in it, {now} here: {FIXES[kind]}"
             )
@@ -360,9 +365,12 @@ def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return {name: X.detach() for name, X in tensors.items()}
 
 
-def _random_states() -> dict[str, Tensor]:
+def _random_states(together: bool) -> dict[str, Tensor]:
+    """together: of one of several processes, which sees the GPUs of all."""
     states = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if together:
+            return {**states, "rng.cuda": torch.cuda.get_rng_state()}
         states |= {f"rng.cuda.{i}": X for i, X in enumerate(torch.cuda.get_rng_state_all())}
     return states
 

@@ -138,7 +138,7 @@ def _one_seed(
     # A fine-tuning may be shorter than T: random bases must not last. In every mode alike; `paper` has none.
     stagger = None if config.optim.preset == "paper" else max(1, steps // 50)
     groups = with_own_rate(groups_of(model, config.optim), head, config.optim.head_lr)
-    optimizer = make_optimizer(model, config.optim, seed, stagger, groups)
+    optimizer = make_optimizer(model, config.optim, seed, stagger, groups, torch.bfloat16 if run.autocast else None)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
 
     progress = Progress(task.sha256)

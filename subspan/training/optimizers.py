@@ -25,7 +25,13 @@ OTHER_DENSE_RULE = ("galore_lion", "galore_sgd", "galore_adafactor", "adafactor"
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """The optimizer of `config.optim` over the parameter groups of `model`."""
     average_over = torch.distributed.group.WORLD if config.averages_low_rank else None
-    return make_optimizer(model, config.optim, config.run.seed, average_over=average_over)
+    return make_optimizer(
+        model,
+        config.optim,
+        config.run.seed,
+        autocast=torch.bfloat16 if config.run.autocast else None,
+        average_over=average_over,
+    )
 
 
 def groups_of(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -51,10 +57,12 @@ def make_optimizer(
     seed: int,
     stagger: int | None = None,
     groups: list[dict[str, Any]] | None = None,
+    autocast: torch.dtype | None = None,
     **more: Any,
 ) -> ProjectedOptimizer:
     """The same by parts. stagger: steps within which every random first basis is replaced; None: the optimizer's own way.
-    groups: None: `groups_of(model, optim)`. more: for the optimizer."""
+    groups: None: `groups_of(model, optim)`. autocast: the dtype of the products that gradients come from; None: their own. more:
+    for the optimizer."""
     assert optim.gradients is not None
     has_adam = optim.dense_rule == "adam" and optim.preset not in OTHER_DENSE_RULE
     given: dict[str, Any] = {
@@ -67,6 +75,7 @@ def make_optimizer(
         "dense_state_dtype": getattr(torch, optim.dense_state_dtype) if optim.dense_state_dtype else None,
         "stochastic_rounding": optim.stochastic_rounding,
         "max_grad_norm": optim.max_grad_norm or None,
+        "mask_null": autocast if optim.preset != "paper" else None,
     }
     return PRESETS[optim.preset](
         groups_of(model, optim) if groups is None else groups,

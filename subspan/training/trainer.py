@@ -419,7 +419,14 @@ def _export(
 ) -> None:
     """Write what AutoModelForCausalLM and AutoTokenizer load, safetensors; generation then ends where the text did."""
     merge(model)
-    state = {name: whole(X) for name, X in model.state_dict().items()} if processes.parallel.shard > 1 else None
+    state: dict[str, Tensor] | None = None
+    if processes.parallel.shard > 1:
+        state = {}
+        for name, X in model.state_dict().items():
+            full = whole(X)  # of all processes; one at a time, since the model may not fit on one device
+            if processes.first:
+                state[name] = full.cpu()
+            del full
     if not processes.first:
         return
     ends = model.generation_config.eos_token_id
