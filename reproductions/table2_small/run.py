@@ -31,6 +31,7 @@ ROWS = {  # learning rate of matrices, and of embeddings, norms and head
     "lora": (0.003, 0.03),
     "relora": (0.003, 0.03),
     "subspan": (0.01, 0.3),
+    "ldadam": (0.003, 0.1),
 }
 SIZES = {"llama-2m": LONG, "llama-9m": 1000}  # steps of 4 x 256 tokens
 

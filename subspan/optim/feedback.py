@@ -9,7 +9,7 @@ For a projected parameter with E, the error so far, at a step with gradient A (.
     E <- A + E - Q' R
 
 E is as large as the gradient: in 8 bits a byte a value. It lies as (..., k, d), in blocks of codes along d, and is worked through
-in parts of some rows; B is never made.
+in parts of some rows; B is never made. Products with E, Q m apart, are taken in the gradient's dtype, as all others.
 """
 
 from __future__ import annotations
@@ -97,15 +97,16 @@ class Feedback:
         Y = torch.zeros_like(Q)
         for rows, E in self._parts(state, Q.shape[-2]):
             x = X[..., rows, :]
-            x.add_(E @ Q, alpha=1 - self.rho)
-            Y.add_(E.mT @ x)
+            E = E.to(A.dtype)
+            x.add_(E @ Q.to(A.dtype), alpha=1 - self.rho)
+            Y.add_(E.mT @ x.to(A.dtype))
         Y.add_((A @ X.to(A.dtype)).float()).mul_(1 - self.rho)
         return Y.add_(Q @ (m @ X), alpha=self.rho)
 
     def low_rank(self, state: State, Q: Tensor, R: Tensor) -> Tensor:
         """R + Q^T E, in place."""
         for rows, E in self._parts(state, Q.shape[-2]):
-            R[..., rows].add_((E @ Q).mT)
+            R[..., rows].add_((E.to(R.dtype) @ Q.to(R.dtype)).mT)
         return R
 
     def lose(self, state: State, Q: Tensor, m: Tensor, new: Tensor, moved: Tensor, weight: float, use: Tensor) -> None:
@@ -117,7 +118,7 @@ class Feedback:
     def keep(self, state: State, A: Tensor, Q: Tensor, R: Tensor, use: Tensor) -> None:
         """E <- A + E - Q R; use: 0-d bool tensor, False: E stays."""
         for rows, E in self._parts(state, Q.shape[-2]):
-            left = (A[..., rows].mT + E).sub_(R[..., rows].mT.to(Q.dtype) @ Q.mT)
+            left = (A[..., rows].mT + E).sub_(R[..., rows].mT.to(A.dtype) @ Q.mT.to(A.dtype))
             self._write(state, rows, left, use)
 
     def _parts(self, state: State, d: int) -> Iterator[tuple[slice, Tensor]]:
