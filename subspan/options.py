@@ -122,11 +122,14 @@ def plan_config(arguments: Any) -> tuple[TrainConfig, int | None]:
         getattr(config, name) if arguments[name] is None else arguments[name]
         for name in ("micro_batch", "accumulation")
     )
+    if update := arguments.gradients == "update":  # of a recipe that clips and accumulates: it can do neither
+        sections["optim"]["max_grad_norm"] = None
+        accumulation = arguments.accumulation or 1
     check_whole("accumulation", accumulation, minimum=1)
     check_whole("micro_batch", micro_batch, minimum=1)
     check_whole("vocab_size", arguments.vocab_size, minimum=1, optional=True)
     sections["parallel"] = dataclasses.asdict(parallel)
-    if not arguments.config or (arguments.micro_batch, arguments.accumulation) != (None, None):
+    if not arguments.config or update or (arguments.micro_batch, arguments.accumulation) != (None, None):
         sections["run"] |= {"micro_batch": micro_batch, "batch_size": micro_batch * accumulation * parallel.count}
     if arguments.vocab_size is not None:
         if config.model.name not in LLAMA:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,15 +153,18 @@ def test_state_goes_from_gpu_to_cpu_and_back() -> None:
 @pytest.mark.parametrize("preset", ["galore", "galore8bit", "galore_lion"])
 def test_compiled_rules(preset: str) -> None:
     ends = []
-    for compiled in (False, True):
+    for compiled in (False, None, True):
         model = net().to(DEVICE)
         optimizer = optimizer_of(model, preset, "hold", compile=compiled)
-        for x in batches(6).to(DEVICE):
-            step(model, optimizer, x)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*taken eagerly")
+            for x in batches(6).to(DEVICE):
+                step(model, optimizer, x)
         ends.append([p.detach() for p in model.parameters()])
     start = list(net().parameters())
-    for eager, fused, first in zip(*ends, start, strict=True):
+    for eager, usual, fused, first in zip(*ends, start, strict=True):
         assert (eager - fused).norm() < 0.02 * (eager.cpu() - first).norm()
+        assert torch.equal(usual, fused if preset == "galore8bit" else eager)
 
 
 def peak_of(work: Any) -> int:

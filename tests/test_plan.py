@@ -480,6 +480,22 @@ def test_every_preset_is_planned_from_any_recipe(tmp_path: Path) -> None:
             assert optim == OptimConfig(arguments.preset, rank=optim.rank, moments=of_bases)  # nothing of another one's
 
 
+def test_updates_in_the_backward_pass_are_planned_from_a_recipe_that_clips_and_accumulates(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {name: llama-2m}\noptim: {max_grad_norm: 1.0}\nrun: {batch_size: 8, micro_batch: 2, eval_every: 0}\n"
+    )
+    parser, _ = options.parsers()
+    for words, (clip, batch, micro_batch) in (
+        ([], (1.0, 8, 2)),
+        (["--gradients", "hold"], (1.0, 8, 2)),
+        (["--gradients", "update"], (None, 2, 2)),
+        (["--gradients", "update", "--micro-batch", "4"], (None, 4, 4)),
+    ):
+        config, _ = options.plan_config(parser.parse_args(["plan", "--config", str(recipe), *words]).plan)
+        assert (config.optim.max_grad_norm, config.run.batch_size, config.micro_batch) == (clip, batch, micro_batch)
+
+
 def test_the_vocabulary_is_that_of_the_run(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "words", special=False)
     recipe, rows = tmp_path / "recipe.yaml", []
