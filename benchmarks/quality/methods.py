@@ -101,7 +101,7 @@ METHODS: dict[str, Method] = {
     "ldadam (ours), 4-bit error": Method(
         0.003, build=functools.partial(LDAdam, error_bits=4, moment_bits=8), like="ldadam (ours)"
     ),
-    "ldadam": Method(0.003, {"preset": "ldadam", "update_proj_gap": 1}),
+    "ldadam": Method(0.003, {"preset": "ldadam", "update_proj_gap": 1}, like="ldadam (ours)"),
     "apollo_torch 1.0": Method(0.01, build=_package("apollo_torch", "APOLLOAdamW", _APOLLO)),
 }
 
